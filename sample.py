@@ -1,0 +1,306 @@
+"""Draws images from a checkpoint.
+
+    python sample.py out/shapes/var.pt                                                 # one of each class
+    python sample.py out/shapes/var.pt --labels 3 star --count 16 --cfg 1.5 --top-k 900 --top-p 0.96 --seed 0
+    python sample.py out/shapes/var.pt --count 4 --show-scales --out scales.png        # coarse to fine
+    python sample.py out/shapes/var.pt --npz samples.npz --count 50000                 # for an evaluator
+
+A picture depends on the checkpoint, the flags, the seed and its own number, not on batch size or device (where
+only rounding may differ). From Python:
+
+    tokenizer, var, defaults = sample.load('out/shapes/var.pt')
+    images = var.generate(tokenizer, torch.tensor([0, 1, 2]), **defaults)              # (3, 3, H, W) in [-1, 1]
+
+A checkpoint, var.pt, holds both stages, their configs, the class names and the sampling defaults: nothing else
+is needed to draw. Shapes stand in the names of tensors as in vqvae.py and var.py.
+"""
+import argparse
+import math
+import os
+import re
+import sys
+import tempfile
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from var import VAR, VARConfig
+from vqvae import VQVAE, VQVAEConfig
+
+
+# -------------------------------------------------------------------------------------------- errors of the user's
+class UserError(Exception):
+    """Something that the user can mend: one line says what was wrong and what would do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, and which takes no abbreviated flags."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message: str):
+        raise UserError(f'{message} (--help lists the flags)')
+
+
+def run_command(main):
+    """Runs main(argv); a UserError becomes one line on stderr and exit status 2."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        sys.exit(130)
+
+
+def check(condition: bool, message: str):
+    if not condition:
+        raise UserError(message)
+
+
+@contextmanager
+def config_errors_as_flags():
+    """A config's ValueError, 'field_name=value: why', as a UserError about the flag --field-name."""
+    try:
+        yield
+    except ValueError as error:
+        name, _, rest = str(error).partition('=')
+        raise UserError(f"--{name.replace('_', '-')} {rest}") from None
+
+
+def prepare_folder(folder: Path):
+    """Makes a folder and makes sure that it can be written, before any work is done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f'{folder}: cannot be written ({error.strerror}); choose another --out') from None
+
+
+# ------------------------------------------------------------------------------------------------- device and type
+def choose_device(name: str) -> torch.device:
+    """'auto' is the GPU where there is one."""
+    if name == 'auto':
+        name = 'cuda' if torch.cuda.is_available() else 'cpu'
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise UserError(f'--device {name}: not usable on this machine; cpu always is') from None
+    return torch.device(name)
+
+
+def autocast(device: torch.device, dtype: str):
+    """The one autocast context. 'auto': bfloat16 on a GPU, float32 on a CPU, where few are fast at bfloat16."""
+    if dtype == 'auto':
+        dtype = 'bfloat16' if device.type == 'cuda' else 'float32'
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == 'bfloat16')
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+def save_file(path: Path, write):
+    """write(file) into a temporary file beside path, which then takes path's place: whole or not at all."""
+    temporary = path.with_name(path.name + '.tmp')
+    try:
+        with open(temporary, 'wb') as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f'{path}: cannot be written ({error.strerror})') from None
+
+
+def save_checkpoint(path: Path, kind: str, **content):
+    save_file(path, lambda file: torch.save(dict(kind=kind, **content), file))
+
+
+def read_checkpoint(path: str | Path, kinds: tuple[str, ...], device='cpu') -> dict:
+    """A checkpoint of one of these kinds: 'vqvae' (tokenizer), 'var' (both stages), 'resume' (a training)."""
+    check(Path(path).is_file(), f'{path}: no such file')
+    try:
+        checkpoint = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:                                      # torch.load fails in many ways on a torn file
+        reason = str(error).split('\n')[0][:80]
+        raise UserError(f'{path}: cannot be read as a checkpoint; torn, or of another kind ({reason})') from None
+    check(isinstance(checkpoint, dict), f'{path}: holds no checkpoint')
+    kind = checkpoint.get('kind', 'foreign')
+    check(kind in kinds, f"{path}: a checkpoint of kind '{kind}', but '{' or '.join(kinds)}' is needed here")
+    return checkpoint
+
+
+def build_tokenizer(checkpoint: dict, path: str | Path) -> VQVAE:
+    """The tokenizer of a checkpoint of kind 'vqvae' or 'var', frozen."""
+    try:
+        tokenizer = VQVAE(VQVAEConfig(**checkpoint['vqvae_config']))
+        tokenizer.load_state_dict(checkpoint['vqvae'])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f'{path}: its tokenizer does not fit its config ({first_line(error)})') from None
+    return tokenizer.requires_grad_(False).eval()
+
+
+def load_tokenizer(path: str | Path, scales: tuple[int, ...]) -> VQVAE:
+    """The tokenizer in a vqvae.pt, a var.pt or the authors' release (which doesn't say its scales), frozen."""
+    checkpoint = read_checkpoint(path, ('vqvae', 'var', 'foreign'))
+    if 'kind' in checkpoint:
+        return build_tokenizer(checkpoint, path)
+    try:
+        return VQVAE.from_official(checkpoint, scales).requires_grad_(False).eval()
+    except ValueError as error:
+        raise UserError(f'{path}: {error}') from None
+
+
+def first_line(error: Exception) -> str:
+    return re.sub(r'\s+', ' ', str(error))[:160]
+
+
+def load(path: str | Path, device: str | torch.device = 'cpu') -> tuple[VQVAE, VAR, dict]:
+    """A var.pt -> tokenizer, transformer (both in eval mode on `device`) and the sampling defaults, as `generate`
+    takes them. The class names are at var.class_names. Raises UserError where the file won't do."""
+    checkpoint = read_checkpoint(path, ('var',), device)
+    tokenizer = build_tokenizer(checkpoint, path)
+    try:
+        var = VAR(VARConfig(**checkpoint['var_config']))
+        var.load_state_dict(checkpoint['var'])
+        var.class_names, defaults = list(checkpoint['class_names']), dict(checkpoint['defaults'])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f'{path}: its transformer does not fit its config ({first_line(error)})') from None
+    return tokenizer.to(device), var.to(device).requires_grad_(False).eval(), defaults
+
+
+def save_model(path: Path, tokenizer: VQVAE, var: VAR, class_names: list[str], defaults: dict):
+    """What `load` reads."""
+    save_checkpoint(path, 'var', vqvae_config=asdict(tokenizer.config), vqvae=tokenizer.state_dict(),
+                    var_config=asdict(var.config), var=var.state_dict(), class_names=class_names, defaults=defaults)
+
+
+# --------------------------------------------------------------------------------------------------------- drawing
+def noise_of_pictures(seed: int, first: int, count: int, length: int) -> Tensor:
+    """noise_BL of pictures first, first + 1, ...: each row comes from (seed, number of the picture) alone."""
+    rows = [np.random.Generator(np.random.Philox(key=[seed, first + i])).random(length, dtype=np.float32)
+            for i in range(count)]
+    return torch.from_numpy(np.stack(rows))
+
+
+def draw(tokenizer: VQVAE, var: VAR, labels: list[int], seed: int, batch_size: int, dtype: str = 'auto', **sampling):
+    """Yields (images, tokens_BL) batch by batch: images in [-1, 1], one a label, on the CPU."""
+    device = var.position.device
+    for first in range(0, len(labels), batch_size):
+        labels_B = torch.tensor(labels[first:first + batch_size], device=device)
+        noise_BL = noise_of_pictures(seed, first, len(labels_B), var.config.length).to(device)
+        with autocast(device, dtype):
+            images, tokens_BL = var.generate(tokenizer, labels_B, noise_BL=noise_BL, return_tokens=True, **sampling)
+        yield images.cpu(), tokens_BL.cpu()
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1, 1] -> 0 .. 255, rounded."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def grid(images: Tensor, columns: int) -> Image.Image:
+    """(N, 3, H, W) in [-1, 1] -> one picture, row by row, two white pixels in between; small ones are enlarged."""
+    N, _, H, W = images.shape
+    rows, zoom = math.ceil(N / columns), max(1, 64 // H)
+    sheet = np.full((rows * (H + 2) - 2, columns * (W + 2) - 2, 3), 255, np.uint8)
+    for i, picture in enumerate(to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()):
+        y, x = i // columns * (H + 2), i % columns * (W + 2)
+        sheet[y:y + H, x:x + W] = picture
+    return Image.fromarray(sheet).resize((sheet.shape[1] * zoom, sheet.shape[0] * zoom), Image.NEAREST)
+
+
+def save_picture(path: Path, picture: Image.Image):
+    format = Image.registered_extensions()[path.suffix.lower()]
+    save_file(path, lambda file: picture.save(file, format=format))
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+def parse_label(text: str, class_names: list[str]) -> int:
+    """A class by its number or its name, in any case."""
+    names = [name.lower() for name in class_names]
+    if text.lower() in names:
+        return names.index(text.lower())
+    check(text.isdecimal() and int(text) < len(names), f'--labels {text}: no such class; there are '
+          f"0 to {len(names) - 1}: {', '.join(class_names[:12])}{', ...' if len(names) > 12 else ''}")
+    return int(text)
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog='sample.py', description=__doc__)
+    parser.add_argument('checkpoint', help='a var.pt that train.py wrote')
+    parser.add_argument('--labels', nargs='+', help='classes by number or name; absent: every class')
+    parser.add_argument('--count', type=int, help='pictures in all, the labels go round; absent: one a label')
+    parser.add_argument('--cfg', type=float, help="guidance at the last scale, it rises from 0; absent: checkpoint's")
+    parser.add_argument('--top-k', type=int, help="keep the k likeliest tokens, 0 all; absent: checkpoint's")
+    parser.add_argument('--top-p', type=float, help="keep the likeliest up to this mass, 0 or 1 all; absent: checkpoint's")
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--out', help='the picture to write; absent: samples.png, or none with --npz')
+    parser.add_argument('--npz', help='write arr_0 (N, H, W, 3) uint8 and labels (N) to this file')
+    parser.add_argument('--show-scales', action='store_true', help='a row a picture: f_hat after each scale, decoded')
+    parser.add_argument('--batch-size', type=int, default=50)
+    parser.add_argument('--device', default='auto')
+    parser.add_argument('--dtype', choices=['auto', 'float32', 'bfloat16'], default='auto')
+    return parser
+
+
+def check_flags(args: argparse.Namespace):
+    check(args.count is None or args.count >= 1, f'--count {args.count}: must be at least 1')
+    check(args.batch_size >= 1, f'--batch-size {args.batch_size}: must be at least 1')
+    check(0 <= args.seed < 2 ** 63, f'--seed {args.seed}: must lie in [0, 2^63)')
+    check(args.cfg is None or math.isfinite(args.cfg) and args.cfg >= 0, f'--cfg {args.cfg}: must be 0 or more')
+    check(args.top_k is None or args.top_k >= 0, f'--top-k {args.top_k}: must be 0 or more')
+    check(args.top_p is None or 0 <= args.top_p <= 1, f'--top-p {args.top_p}: must lie in [0, 1]')
+    if args.out is None and args.npz is None:
+        args.out = 'samples.png'
+    known = sorted(Image.registered_extensions())
+    check(args.out is None or Path(args.out).suffix.lower() in known, f'--out {args.out}: needs a picture\'s name, .png')
+    check(args.npz is None or args.npz.endswith('.npz'), f'--npz {args.npz}: must end in .npz')
+    for path in (args.out, args.npz):
+        if path is not None:
+            prepare_folder(Path(path).parent)
+
+
+def main(argv: list[str]):
+    args = build_parser().parse_args(argv)
+    check_flags(args)
+    tokenizer, var, sampling = load(args.checkpoint, choose_device(args.device))
+    sampling |= {name: value for name in ('cfg', 'top_k', 'top_p') if (value := getattr(args, name)) is not None}
+    classes = range(var.config.num_classes)
+    if args.labels:
+        classes = [parse_label(text, var.class_names) for text in args.labels]
+    labels = [classes[i % len(classes)] for i in range(args.count or len(classes))]
+
+    batches = draw(tokenizer, var, labels, args.seed, args.batch_size, args.dtype, **sampling)
+    images, tokens = [], []
+    with tqdm(total=len(labels), unit='picture', disable=len(labels) <= args.batch_size) as bar:
+        for images_B3HW, tokens_BL in batches:
+            images.append(to_uint8(images_B3HW))                    # kept as bytes: 50,000 of 256x256 are 10 GB
+            tokens.append(tokens_BL)
+            bar.update(len(tokens_BL))
+    images = torch.cat(images)
+    if args.npz:
+        arrays = dict(arr_0=images.permute(0, 2, 3, 1).numpy(), labels=np.array(labels))
+        save_file(Path(args.npz), lambda file: np.savez(file, **arrays))
+        print(f'{args.npz}: {len(labels)} pictures')
+    if args.out:
+        columns = len(classes) if 1 < len(classes) <= 20 else math.ceil(math.sqrt(len(labels)))
+        images = images / 127.5 - 1
+        if args.show_scales:
+            columns = len(tokenizer.config.scales)
+            tokens_BL = torch.cat(tokens).to(var.position.device)
+            with torch.no_grad():
+                images = torch.stack([tokenizer.decode_f_hat(f) for f in tokenizer.f_hats(tokens_BL)], 1).flatten(0, 1)
+        save_picture(Path(args.out), grid(images, min(columns, len(images))))
+        print(f'{args.out}: {len(labels)} pictures')
+
+
+if __name__ == '__main__':
+    run_command(main)

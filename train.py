@@ -1,0 +1,620 @@
+"""Trains VAR: stage 1 the tokenizer (vqvae.py), stage 2 the next-scale transformer (var.py).
+
+    python train.py                                                     # both stages on drawn shapes, on any CPU
+    python train.py --preset cifar10                                    # CIFAR-10, downloaded to data/
+    python train.py --preset cifar10 --data-dir DIR --depth 4 --batch-size 64 --vqvae-steps 200 --var-steps 200
+    python train.py --preset cifar10 --stage var --tokenizer out/cifar10/vqvae.pt --out out/deeper --depth 8
+    python train.py --resume                                            # go on from the last save in out/shapes
+
+Every field of TrainConfig, VQVAEConfig and VARConfig is a flag; a preset is a set of values for them. A run leaves
+in --out (out/<preset>): vqvae.pt and var.pt, to use and to share; last.pt and previous.pt, to resume; vqvae.csv and
+var.csv, the logs; reconstructions.png and samples.png.
+
+Everything random in step s follows from (seed, s): the pictures of the batch, their augmentation, dropout. So a run
+that is resumed goes on as if it had never stopped, and there are no random states to save.
+"""
+import argparse
+import csv
+import dataclasses
+import hashlib
+import inspect
+import math
+import re
+import tarfile
+import time
+import typing
+import urllib.request
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor
+from tqdm import tqdm
+
+import sample
+from sample import Parser, UserError, autocast, check, choose_device, config_errors_as_flags, save_picture
+from var import VAR, VARConfig
+from vqvae import VQVAE, VQVAEConfig
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    preset: str = 'shapes'              # shapes or cifar10: the data, and a value for every flag below
+    stage: str = 'both'                 # vqvae, var or both
+    data_dir: str | None = None         # folder of the data set; absent: downloaded to data/
+    tokenizer: str | None = None        # vqvae.pt or var.pt for --stage var; absent: vqvae.pt in --out
+    out: str | None = None              # folder of the run; absent: out/<preset>
+    resume: bool = False                # go on from the last save in --out
+    overwrite: bool = False             # replace the run in --out
+    seed: int = 0
+    device: str = 'auto'                # auto (a GPU where there is one), cpu, cuda, ...
+    dtype: str = 'auto'                 # float32 or bfloat16 (autocast); auto: bfloat16 on a GPU
+    vqvae_steps: int = 1000
+    var_steps: int = 1000
+    batch_size: int = 64                # pictures a step, in both stages
+    vqvae_lr: float = 4e-3              # peak learning rate of stage 1 per 256 pictures of batch
+    var_lr: float = 4e-3                # peak learning rate of stage 2 per 256 pictures of batch
+    last_lr: float = 0.01               # learning rate of the last step, of the peak
+    weight_decay: float = 0.05
+    revive_every_steps: int = 20        # how often stage 1 looks for unused codes, in its first three quarters
+    flip: bool = False                  # mirror half of the training pictures
+    crop: int = 0                       # shift training pictures by up to so many pixels
+    train_count: int = 20000            # shapes: how many are drawn to train on
+    val_count: int = 1000               # held-out pictures that are looked at in a validation
+    log_every_steps: int = 50
+    save_every_steps: int = 500         # validate, draw pictures and save; also done at the end
+    cfg: float = 1.5                    # sampling defaults that var.pt carries: see sample.py
+    top_k: int = 900
+    top_p: float = 0.96
+
+    def __post_init__(self):
+        for name in ('vqvae_steps', 'var_steps', 'crop', 'top_k', 'cfg', 'weight_decay', 'seed'):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f'{name}={getattr(self, name)}: must be 0 or more')
+        for name in ('batch_size', 'train_count', 'val_count', 'revive_every_steps', 'log_every_steps',
+                     'save_every_steps'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
+        for name in ('vqvae_lr', 'var_lr'):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f'{name}={getattr(self, name)}: must be above 0')
+        for name in ('last_lr', 'top_p'):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f'{name}={getattr(self, name)}: must lie in [0, 1]')
+        for name, choices in dict(preset=tuple(PRESETS), stage=('vqvae', 'var', 'both'),
+                                  dtype=('auto', 'float32', 'bfloat16')).items():
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)}: must be one of {', '.join(choices)}")
+
+
+PRESETS = {
+    'shapes': dict(vqvae_steps=350, var_steps=650, depth=2, adaln_gamma_init=0.1, vqvae_lr=8e-3, var_lr=8e-3),
+    'cifar10': dict(flip=True, depth=6, vocab_size=1024, z_channels=16, patch_size=2, channels=64, channel_mults=(1, 2),
+                    scales=(1, 2, 3, 4, 6, 8), batch_size=256, vqvae_steps=6000, var_steps=12000, vqvae_lr=2e-3,
+                    var_lr=1e-3, adaln_gamma_init=1e-2, val_count=2000, save_every_steps=2000),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ data
+FIGURES = ('disc', 'ring', 'square', 'triangle', 'star', 'heart', 'cross', 'moon', 'arrow', 'hourglass')
+
+
+def outline(figure: str) -> list[tuple[np.ndarray, int]]:
+    """A figure as polygons to fill one after the other, with 255 (ink) or 0 (hole): points in [-1, 1], y down."""
+    t = np.linspace(0, 2 * np.pi, 48, endpoint=False)
+    disc = np.stack([np.cos(t), np.sin(t)], 1)
+    points = {
+        'square': [(-.8, -.8), (.8, -.8), (.8, .8), (-.8, .8)],
+        'triangle': [(0, -.95), (.95, .75), (-.95, .75)],
+        'star': [(radius * math.sin(i * math.pi / 5), -radius * math.cos(i * math.pi / 5))
+                 for i, radius in enumerate([1.05, .42] * 5)],
+        'heart': np.stack([16 * np.sin(t) ** 3, -13 * np.cos(t) + 5 * np.cos(2 * t) + 2 * np.cos(3 * t)
+                           + np.cos(4 * t)], 1) / 16,
+        'cross': [(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3),
+                  (.3, 1), (-.3, 1), (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3)],
+        'arrow': [(0, -1), (.8, -.05), (.3, -.05), (.3, 1), (-.3, 1), (-.3, -.05), (-.8, -.05)],
+        'hourglass': [(-.8, -.95), (.8, -.95), (.12, 0), (.8, .95), (-.8, .95), (-.12, 0)],
+    }
+    if figure in points:
+        return [(np.asarray(points[figure]), 255)]
+    hole = {'disc': [], 'ring': [(.5 * disc, 0)], 'moon': [(.85 * disc + (.5, -.2), 0)]}
+    return [(disc, 255)] + hole[figure]
+
+
+def draw_shapes(count: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
+    """Draws `count` pictures of ten kinds of figures, in turn: uint8 (count, 3, size, size), int64 labels (count,).
+
+    One bright figure on a dark ground, antialiased, of varied colours, sizes, places and turns (up to 15 degrees).
+    The same count, seed and size give the same pictures.
+    """
+    random = np.random.RandomState(seed)
+    outlines = [outline(figure) for figure in FIGURES]
+    pictures = np.empty((count, size, size, 3), np.uint8)
+    for i in range(count):
+        radius, turn = random.uniform(.28, .38) * size, random.uniform(-15, 15) * math.pi / 180
+        centre = size / 2 + random.uniform(-.1, .1, 2) * size
+        turned = radius * np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
+        mask = Image.new('L', (4 * size, 4 * size))
+        for points, ink in outlines[i % len(FIGURES)]:
+            ImageDraw.Draw(mask).polygon([tuple(p) for p in 4 * (points @ turned + centre)], fill=ink)
+        coverage = np.asarray(mask.reduce(4), np.float32)[..., None] / 255
+        ink, ground = random_colour(random, (.7, 1), (.85, 1)), random_colour(random, (.3, .8), (.1, .3))
+        pictures[i] = np.rint(ground + (ink - ground) * coverage)
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), torch.arange(count) % len(FIGURES)
+
+
+def random_colour(random: np.random.RandomState, saturation: tuple, value: tuple) -> np.ndarray:
+    """Any hue, with saturation and value in these ranges: RGB in [0, 255]."""
+    hue, s, v = random.uniform(0, 6), random.uniform(*saturation), random.uniform(*value)
+    return 255 * v * (1 - s * np.clip(np.abs((hue - np.array([0, 2, 4]) + 3) % 6 - 3) - 1, 0, 1))
+
+
+CIFAR10_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
+CIFAR10_MD5 = 'c32a1d4ab5d03f1284b67883e8d87530'
+CIFAR10_FILES = [f'data_batch_{i}.bin' for i in range(1, 6)] + ['test_batch.bin']
+CIFAR10_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
+CIFAR10_RECORDS, CIFAR10_RECORD = 10_000, 1 + 3 * 32 * 32           # a file's pictures; a picture's label and planes
+
+
+def download_cifar10(folder: Path, url: str = CIFAR10_URL, md5: str = CIFAR10_MD5):
+    """Downloads and unpacks the binary files into folder/cifar-10-batches-bin; UserError if it can't be had whole."""
+    sample.prepare_folder(folder)
+    archive, digest = folder / 'cifar-10-binary.tar.gz.part', hashlib.md5()
+    try:
+        with urllib.request.urlopen(url, timeout=60) as response, open(archive, 'wb') as file:
+            total = int(response.headers.get('Content-Length') or 0)
+            with tqdm(desc='CIFAR-10', total=total, unit='B', unit_scale=True) as bar:
+                while chunk := response.read(1 << 20):
+                    file.write(chunk)
+                    digest.update(chunk)
+                    bar.update(len(chunk))
+        check(digest.hexdigest() == md5, f'{url}: what came has md5 {digest.hexdigest()}, not {md5}: broken off or '
+              'changed; try again, or unpack CIFAR-10 (binary version) yourself and name its folder with --data-dir')
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, members=[m for m in tar if m.isfile() and Path(m.name).name in CIFAR10_FILES],
+                           filter='data')
+    except OSError as error:
+        raise UserError(f'{url}: cannot be downloaded ({error}); unpack CIFAR-10 (binary version) yourself and name '
+                        'its folder with --data-dir') from None
+    finally:
+        archive.unlink(missing_ok=True)
+
+
+def read_cifar10(data_dir: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training pictures (50000, 3, 32, 32) uint8 and labels, test pictures (10000, ...) and labels."""
+    folder = Path(data_dir or 'data')
+    if data_dir is None and not (folder / 'cifar-10-batches-bin').is_dir():
+        download_cifar10(folder)
+    check(folder.is_dir(), f'--data-dir {folder}: no such folder; without the flag, CIFAR-10 is downloaded to data/')
+    if (folder / 'cifar-10-batches-bin').is_dir():
+        folder = folder / 'cifar-10-batches-bin'
+    images, labels = [], []
+    for name in CIFAR10_FILES:
+        path = folder / name
+        check(path.is_file(), f'--data-dir {data_dir}: {name} is missing; needs the unpacked binary version of CIFAR-10')
+        size, wanted = path.stat().st_size, CIFAR10_RECORDS * CIFAR10_RECORD
+        check(size == wanted, f'{path}: has {size} bytes instead of {wanted}; not a file of CIFAR-10, or broken')
+        records = torch.from_numpy(np.fromfile(path, np.uint8)).view(CIFAR10_RECORDS, CIFAR10_RECORD)
+        check(int(records[:, 0].max()) <= 9, f'{path}: holds the label {int(records[:, 0].max())}, but CIFAR-10 has 0 to 9')
+        labels.append(records[:, 0].long())
+        images.append(records[:, 1:].view(-1, 3, 32, 32))
+    return torch.cat(images[:5]), torch.cat(labels[:5]), images[5], labels[5]
+
+
+class Data:
+    """Training and held-out pictures, uint8, whole on the training device."""
+
+    def __init__(self, config: TrainConfig, image_size: int, device: torch.device):
+        self.config, self.device = config, device
+        if config.preset == 'shapes':
+            arrays = (*draw_shapes(config.train_count, config.seed, image_size),
+                      *draw_shapes(config.val_count, config.seed + 2 ** 31, image_size))
+            self.class_names = list(FIGURES)
+        else:
+            check(image_size == 32, f'--image-size {image_size}: CIFAR-10 has pictures of 32')
+            arrays, self.class_names = read_cifar10(config.data_dir), CIFAR10_CLASSES
+        self.images, self.labels, self.val_images, self.val_labels = (a.to(device) for a in arrays)
+        self.val_images, self.val_labels = self.val_images[:config.val_count], self.val_labels[:config.val_count]
+        check(config.batch_size <= len(self.images), f'--batch-size {config.batch_size}: there are only '
+              f'{len(self.images)} pictures to train on')
+        self.epoch, self.order = -1, torch.empty(0)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Pictures (B, 3, S, S) in [-1, 1] and labels of training step `step`; an epoch shuffles anew."""
+        B = self.config.batch_size
+        epoch, place = divmod(step, len(self.images) // B)
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(self.config.seed * 10_007 + epoch)
+            self.epoch, self.order = epoch, torch.randperm(len(self.images), generator=generator).to(self.device)
+        chosen = self.order[place * B:(place + 1) * B]
+        return augment(to_float(self.images[chosen]), self.config.flip, self.config.crop), self.labels[chosen]
+
+    def val_batches(self):
+        """The held-out pictures and labels, without augmentation."""
+        B = self.config.batch_size
+        for i in range(0, len(self.val_images), B):
+            yield to_float(self.val_images[i:i + B]), self.val_labels[i:i + B]
+
+
+def to_float(images: Tensor) -> Tensor:
+    return images.float() / 127.5 - 1
+
+
+def augment(images_B3HW: Tensor, flip: bool, crop: int) -> Tensor:
+    """Mirrors each picture with a chance of one half; shifts each by up to `crop` pixels, its edge continued."""
+    B, _, H, W = images_B3HW.shape
+    if flip:
+        mirrored = torch.rand(B, 1, 1, 1, device=images_B3HW.device) < 0.5
+        images_B3HW = torch.where(mirrored, images_B3HW.flip(-1), images_B3HW)
+    if crop:
+        padded = F.pad(images_B3HW, [crop] * 4, mode='replicate')
+        dy, dx = torch.randint(2 * crop + 1, (2, B, 1), device=images_B3HW.device)
+        rows, columns = dy + torch.arange(H, device=dy.device), dx + torch.arange(W, device=dx.device)
+        b = torch.arange(B, device=dy.device)[:, None, None]
+        images_B3HW = padded[b, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return images_B3HW
+
+
+# --------------------------------------------------------------------------------------- what the two stages train
+class TokenizerTask:
+    """Stage 1: Equation 5, of which small pictures need the reconstruction and the vq loss."""
+    name = 'vqvae'
+
+    def __init__(self, run: 'Run', model: VQVAE):
+        self.run, self.model, self.config = run, model, run.config
+        self.steps, self.lr = self.config.vqvae_steps, self.config.vqvae_lr
+        self.scale_names = [f'{side}x{side}' for side in model.config.scales]
+        # how often each code was used since codes were last revived; part of what is saved to resume
+        self.state = dict(hits_V=torch.zeros(model.config.vocab_size, dtype=torch.int64, device=run.device))
+        model.codebook.weight.data.zero_()          # all codes are dead until step 0 puts them on data
+        self.columns = ['reconstruction', 'vq', 'psnr', 'use', 'perplexity']
+        self.columns += [f'{metric}_{name}' for metric in ('use', 'perplexity') for name in self.scale_names]
+
+    def before_step(self, step: int, images: Tensor):
+        """Dead codes are put on data: all of them at the start, later those that nothing used for a while."""
+        if step % self.config.revive_every_steps == 0 and step <= 0.75 * self.steps:
+            self.model.revive_codes(self.state['hits_V'] == 0, images)
+            self.state['hits_V'].zero_()
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
+        reconstruction, vq_loss, tokens_BL = self.model(images)
+        self.state['hits_V'] += tokens_BL.flatten().bincount(minlength=self.model.config.vocab_size)
+        reconstruction_loss = F.mse_loss(reconstruction, images)
+        # Eq. 5's perceptual and adversarial terms belong here
+        return reconstruction_loss + vq_loss, dict(reconstruction=reconstruction_loss.detach(), vq=vq_loss.detach())
+
+    @torch.no_grad()
+    def validate(self) -> dict:
+        """PSNR (dB) of held-out pictures; share of codes in use (%) and perplexity, in all and scale by scale.
+
+        Perplexity is the number of equally frequent codes that would be as varied.
+        """
+        errors, tokens = [], []
+        for images, _ in self.run.data.val_batches():
+            tokens.append(self.model.encode(images))
+            errors.append((self.model.decode(tokens[-1]) - images).square().mean((1, 2, 3)))
+        tokens_NL = torch.cat(tokens)
+        row = dict(psnr=10 * math.log10(4 / max(1e-12, torch.cat(errors).mean().item())))
+        by_scale = tokens_NL.split(self.model.scale_lengths, dim=1)
+        for name, part in [('', tokens_NL), *((f'_{n}', part) for n, part in zip(self.scale_names, by_scale))]:
+            share_V = part.flatten().bincount(minlength=self.model.config.vocab_size) / part.numel()
+            row['use' + name] = 100 * (share_V > 0).float().mean().item()
+            row['perplexity' + name] = torch.special.entr(share_V).sum().exp().item()
+        return row
+
+    def report(self, row: dict) -> str:
+        by_scale = [f'{n} {row["use_" + n]:.0f}% ({row["perplexity_" + n]:.0f})' for n in self.scale_names]
+        return (f'PSNR {row["psnr"]:.2f} dB, codes in use {row["use"]:.1f}% (perplexity {row["perplexity"]:.0f}), '
+                f'by scale {", ".join(by_scale)}')
+
+    def draw(self):
+        """reconstructions.png: a row of held-out pictures over a row of what the tokenizer makes of them."""
+        originals = to_float(self.run.data.val_images[:32])
+        rows = zip(originals.split(16), self.model.decode(self.model.encode(originals)).split(16))
+        picture = sample.grid(torch.cat([row for pair in rows for row in pair]), 16)
+        save_picture(self.run.out / 'reconstructions.png', picture)
+
+    def save(self):
+        sample.save_checkpoint(self.run.out / 'vqvae.pt', 'vqvae', vqvae_config=asdict(self.model.config),
+                               vqvae=self.model.state_dict())
+
+
+class TransformerTask:
+    """Stage 2: cross-entropy of every token, given all coarser scales of its picture."""
+    name = 'var'
+
+    def __init__(self, run: 'Run', model: VAR, tokenizer: VQVAE):
+        self.run, self.model, self.tokenizer, self.config = run, model, tokenizer, run.config
+        self.steps, self.lr = self.config.var_steps, self.config.var_lr
+        self.scale_names = [f'{side}x{side}' for side in model.config.scales]
+        self.sampling = {name: getattr(self.config, name) for name in ('cfg', 'top_k', 'top_p')}
+        self.state = {}
+        self.columns = ['loss', 'accuracy']
+        self.columns += [f'{metric}_{name}' for metric in ('loss', 'accuracy') for name in self.scale_names]
+
+    def before_step(self, step: int, images: Tensor):
+        pass
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
+        tokens_BL = self.tokenizer.encode(images)
+        logits_BLV = self.model(labels, self.tokenizer.teacher_inputs(tokens_BL))
+        loss_BL = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten(), reduction='none').view_as(tokens_BL)
+        metrics = {}
+        for metric, values_BL in dict(loss=loss_BL.detach(), accuracy=logits_BLV.argmax(-1) == tokens_BL).items():
+            values_L = values_BL.float().mean(0)
+            metrics[metric] = values_L.mean()
+            for name, values in zip(self.scale_names, values_L.split(self.tokenizer.scale_lengths)):
+                metrics[f'{metric}_{name}'] = values.mean()
+        return loss_BL.mean(), metrics
+
+    @torch.no_grad()
+    def validate(self) -> dict:
+        """Loss and accuracy on held-out pictures, each with its own label, in all and scale by scale."""
+        averages = Averages()
+        for images, labels in self.run.data.val_batches():
+            averages.add(self.loss(images, labels)[1], weight=len(labels))
+        return averages.take()
+
+    def report(self, row: dict) -> str:
+        by_scale = [f'{n} {row["loss_" + n]:.2f} ({100 * row["accuracy_" + n]:.0f}%)' for n in self.scale_names]
+        return (f'loss {row["loss"]:.3f}, ln V = {math.log(self.model.config.vocab_size):.3f}, '
+                f'accuracy {100 * row["accuracy"]:.1f}%, by scale {", ".join(by_scale)}')
+
+    def draw(self):
+        """samples.png: a column a class, at the sampling defaults."""
+        classes = self.model.config.num_classes
+        batches = sample.draw(self.tokenizer, self.model, list(range(classes)) * 8, 0, self.config.batch_size,
+                              self.config.dtype, **self.sampling)
+        save_picture(self.run.out / 'samples.png', sample.grid(torch.cat([images for images, _ in batches]), classes))
+
+    def save(self):
+        sample.save_model(self.run.out / 'var.pt', self.tokenizer, self.model, self.run.data.class_names, self.sampling)
+
+
+# --------------------------------------------------------------------------------------------------- training loop
+def learning_rate(step: int, steps: int, last: float) -> float:
+    """Released schedule, of the peak: up from 0.005 over 1/50 of the steps, flat for 5% of the rest, down to `last`."""
+    warmup = steps / 50
+    if step < warmup:
+        return 0.005 + 0.995 * step / warmup
+    done = (step - warmup) / max(1, steps - 1 - warmup)
+    return 1 - (1 - last) * max(0.0, done - 0.05) / 0.95
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
+    """No weight decay on biases and one-dimensional tensors, nor on what stands for a position, a scale or a gate."""
+    free = ('position', 'scale_embedding', 'adaln_table', 'log_scale')
+    decayed, undecayed = [], []
+    for name, parameter in model.named_parameters():
+        is_free = parameter.ndim <= 1 or any(word in name for word in free)
+        (undecayed if is_free else decayed).append(parameter)
+    return [dict(params=decayed, weight_decay=weight_decay), dict(params=undecayed, weight_decay=0.0)]
+
+
+class Averages:
+    """Means of what was added since the last take()."""
+
+    def __init__(self):
+        self.sums, self.weight = {}, 0
+
+    def add(self, values: dict, weight: int = 1):
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + weight * value
+        self.weight += weight
+
+    def take(self) -> dict[str, float]:
+        means = {name: float(value) / self.weight for name, value in self.sums.items()}
+        self.__init__()
+        return means
+
+
+def fit(run: 'Run', task):
+    """The training loop of both stages."""
+    config, model = run.config, task.model
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), betas=(0.9, 0.95), fused=True)
+    start = run.restore(task, optimizer)
+    run.open_log(task, start)
+    averages, began = Averages(), time.time()
+    bar = tqdm(range(start, task.steps), desc=task.name, initial=start, total=task.steps)
+    for step in bar:
+        torch.manual_seed(config.seed * 1_000_003 + step)
+        lr = task.lr * config.batch_size / 256 * learning_rate(step, task.steps, config.last_lr)
+        for group in optimizer.param_groups:
+            group['lr'] = lr
+
+        images, labels = run.data.batch(step)
+        model.train()
+        with autocast(run.device, config.dtype):
+            task.before_step(step, images)
+            loss, metrics = task.loss(images, labels)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
+        optimizer.step()
+        averages.add(metrics)
+
+        at_end = step + 1 == task.steps
+        if at_end or (step + 1) % config.log_every_steps == 0:
+            images_per_s = averages.weight * len(images) / (time.time() - began)
+            row = averages.take()
+            run.log(step + 1, 'train', lr=lr, images_per_s=images_per_s, **row)
+            bar.set_postfix_str(f'{next(iter(row))} {next(iter(row.values())):.3f}, {images_per_s:.0f} images/s')
+            began = time.time()
+        if at_end or (step + 1) % config.save_every_steps == 0:
+            model.eval()
+            with autocast(run.device, config.dtype):
+                row = task.validate()
+                task.draw()
+            run.log(step + 1, 'val', **row)
+            bar.write(f'{task.name} step {step + 1}, held-out: {task.report(row)}')
+            task.save()
+            run.save(task, optimizer, step + 1)
+            began = time.time()
+
+
+class Run:
+    """The folder of a run: its settings, its data, its logs, and what is needed to resume it."""
+
+    def __init__(self, settings: dict, config: TrainConfig, out: Path, device: torch.device, data: Data):
+        self.settings, self.config, self.out, self.device, self.data = settings, config, out, device, data
+
+    def save(self, task, optimizer: torch.optim.Optimizer, step: int):
+        last = self.out / 'last.pt'
+        if last.exists():
+            last.replace(self.out / 'previous.pt')
+        sample.save_checkpoint(last, 'resume', settings=self.settings, stage=task.name, step=step, state=task.state,
+                               model=task.model.state_dict(), optimizer=optimizer.state_dict())
+
+    def restore(self, task, optimizer: torch.optim.Optimizer) -> int:
+        """Puts back what save() saved, if it was in this stage; returns the step to go on with."""
+        if not self.config.resume:
+            return 0
+        saved = read_resume(self.out)
+        if saved['stage'] != task.name:
+            return 0
+        task.model.load_state_dict(saved['model'])
+        optimizer.load_state_dict(saved['optimizer'])
+        for name, tensor in saved['state'].items():
+            task.state[name].copy_(tensor)
+        return saved['step']
+
+    def open_log(self, task, start: int):
+        """The stage's CSV: a new one, or on resuming the old one up to the step that is gone on with."""
+        path, columns = self.out / f'{task.name}.csv', ['step', 'split', 'lr', 'images_per_s', *task.columns]
+        rows = []
+        if start:
+            with open(path, newline='') as file:
+                rows = [row for row in csv.DictReader(file) if int(row['step']) <= start]
+        self.file = open(path, 'w', newline='')
+        self.writer = csv.DictWriter(self.file, columns)
+        self.writer.writeheader()
+        self.writer.writerows(rows)
+
+    def log(self, step: int, split: str, **row):
+        self.writer.writerow(dict(step=step, split=split) | {name: f'{value:.6g}' for name, value in row.items()})
+        self.file.flush()
+
+
+def read_resume(out: Path) -> dict:
+    """last.pt, or previous.pt where that is torn."""
+    for path in (out / 'last.pt', out / 'previous.pt'):
+        try:
+            return sample.read_checkpoint(path, ('resume',))
+        except UserError as error:
+            print(f'passed over: {error}')
+    raise UserError(f'--resume: {out} holds no run that can be resumed; start one without --resume')
+
+
+# ---------------------------------------------------------------------------------------------------- command line
+CONFIGS = (TrainConfig, VQVAEConfig, VARConfig)
+CHANGEABLE = {'out', 'resume', 'overwrite', 'device', 'dtype', 'data_dir', 'log_every_steps', 'save_every_steps'}
+
+
+def build_parser() -> Parser:
+    """One flag a field; the field's comment is its help."""
+    parser = Parser(prog='train.py', description=__doc__)
+    fields = {field.name: (field, config) for config in reversed(CONFIGS) for field in dataclasses.fields(config)}
+    del fields['num_classes']                                       # is read off the data
+    for name, (field, config) in sorted(fields.items()):
+        comment = re.search(rf'^    {name}: .*?# *(.+)$', inspect.getsource(config), re.M)
+        values = [f'{preset} {values[name]}' for preset, values in PRESETS.items() if name in values]
+        options = dict(help=f"{comment[1] if comment else ''} [{', '.join(values) or field.default}]".replace('%', '%%'))
+        if field.type is bool:
+            options |= dict(action=argparse.BooleanOptionalAction)
+        else:                                                       # int, float | None, tuple[int, ...]
+            options |= dict(type=(typing.get_args(field.type) or [field.type])[0], metavar='')
+            options |= dict(nargs='+') if typing.get_origin(field.type) is tuple else {}
+        parser.add_argument('--' + name.replace('_', '-'), default=argparse.SUPPRESS, **options)
+    return parser
+
+
+def make(config_class, settings: dict, **more):
+    """A config from the settings that are fields of it."""
+    names = {field.name for field in dataclasses.fields(config_class)}
+    with config_errors_as_flags():
+        return config_class(**{name: value for name, value in settings.items() if name in names}, **more)
+
+
+def resolve(given: dict) -> tuple[dict, tuple[str, ...]]:
+    """The run's settings, the preset's under the given flags, and the stages to run.
+
+    On resuming, the settings are the saved run's, and only the CHANGEABLE ones can be given anew.
+    """
+    preset = given.get('preset', 'shapes')
+    check(preset in PRESETS, f"--preset {preset}: must be one of {', '.join(PRESETS)}")
+    settings, stage = dict(preset=preset) | PRESETS[preset] | given, None
+    if given.get('resume'):
+        saved = read_resume(Path(given.get('out', f'out/{preset}')))
+        settings, stage = saved['settings'] | given, saved['stage']
+        for name, value in given.items():
+            check(name in CHANGEABLE or saved['settings'].get(name) == value, f"--{name.replace('_', '-')} {value}: the "
+                  f"run in --out has {saved['settings'].get(name)}; leave the flag away, or start anew in another --out")
+    stages = ('vqvae', 'var') if settings.get('stage', 'both') == 'both' else (settings['stage'],)
+    return settings, stages[1:] if stage == 'var' else stages
+
+
+def claim_folder(out: Path, config: TrainConfig):
+    """Refuses to write over a run unless told to."""
+    sample.prepare_folder(out)
+    stages = ('vqvae', 'var') if config.stage == 'both' else (config.stage,)
+    held = [path for stage in stages for path in (out / f'{stage}.csv', out / f'{stage}.pt') if path.exists()]
+    check(not held or config.resume or config.overwrite, f'--out {out}: already holds a run ({held and held[0].name}); '
+          '--resume goes on with it, --overwrite replaces it, or choose another --out')
+    if config.overwrite:
+        for path in held + [out / 'last.pt', out / 'previous.pt']:
+            path.unlink(missing_ok=True)
+
+
+def load_tokenizer(path: Path, settings: dict, given: dict) -> VQVAE:
+    """The tokenizer for a stage 2 without a stage 1."""
+    check(path.is_file(), f'--stage var: there is no tokenizer {path}; train it with --stage vqvae, or name one with '
+          '--tokenizer')
+    tokenizer = sample.load_tokenizer(path, settings.get('scales', VQVAEConfig.scales))
+    for name, value in asdict(tokenizer.config).items():
+        check(given.get(name, value) == value, f"--{name.replace('_', '-')} {given.get(name)}: the tokenizer in {path} "
+              f'has {value}; leave the flag away')
+    return tokenizer
+
+
+def main(argv: list[str]):
+    given = {name: tuple(value) if isinstance(value, list) else value
+             for name, value in vars(build_parser().parse_args(argv)).items()}
+    settings, stages = resolve(given)
+    config = make(TrainConfig, settings)
+    out, device = Path(config.out or f'out/{config.preset}'), choose_device(config.device)
+    make(VARConfig, settings, num_classes=1)                        # is it possible? its classes are known below
+    check(config.tokenizer is None or config.stage == 'var', f'--tokenizer {config.tokenizer}: needs --stage var')
+    torch.manual_seed(config.seed)
+    if 'vqvae' in stages:
+        tokenizer = VQVAE(make(VQVAEConfig, settings))
+    else:
+        tokenizer = load_tokenizer(Path(config.tokenizer or out / 'vqvae.pt'), settings, given)
+    tokenizer.to(device)
+    claim_folder(out, config)
+
+    shape, began = tokenizer.config, time.time()
+    data = Data(config, shape.image_size, device)
+    run = Run(settings, config, out, device, data)
+    print(f'{config.preset}: {len(data.images):,} pictures of {shape.image_size}x{shape.image_size}, '
+          f'{sum(tokenizer.scale_lengths)} tokens each, scales {shape.scales}, on {device}')
+    if 'vqvae' in stages:
+        print(f'stage 1: tokenizer, {count_parameters(tokenizer)} parameters')
+        fit(run, TokenizerTask(run, tokenizer))
+        tokenizer.requires_grad_(False)
+    if 'var' in stages:
+        var = VAR(make(VARConfig, settings | dict(vocab_size=shape.vocab_size, z_channels=shape.z_channels,
+                                                  scales=shape.scales), num_classes=len(data.class_names))).to(device)
+        print(f'stage 2: transformer of depth {var.config.depth}, {count_parameters(var)} parameters')
+        fit(run, TransformerTask(run, var, tokenizer))
+    print(f'done in {time.time() - began:.0f} s; look at {out}/reconstructions.png, then at {out}/samples.png')
+
+
+def count_parameters(model: torch.nn.Module) -> str:
+    return f'{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f}M'
+
+
+if __name__ == '__main__':
+    sample.run_command(main)

@@ -1,0 +1,354 @@
+"""Stage 1 of VAR: the multi-scale residual VQVAE, which turns an image into a pyramid of tokens and back.
+
+An ordinary VQVAE writes an image as one grid of tokens. This one writes it as K grids, coarse to fine: each
+grid describes what the grids before it left over (the residual), and their sum, f_hat, is what is decoded.
+The order "coarse to fine" is the order in which stage 2 (var.py) will predict them.
+
+    tokenizer = VQVAE(VQVAEConfig())
+    tokens_BL = tokenizer.encode(images_B3HW)        # images in [-1, 1]
+    images_B3HW = tokenizer.decode(tokens_BL)
+
+Shapes stand in the names of tensors:
+
+    B batch   C latent channels of the tokenizer   V vocabulary   K number of scales
+    H, W latent size at the finest scale   h, w size at the current scale   L tokens of all scales, l of one
+    (of images, 3HW is the size in pixels)
+
+tokens_BL is one int64 tensor: scale after scale, coarse to fine, row by row within a scale.
+
+Implements Algorithm 1 (encode), Algorithm 2 (decode) and Equation 5 (its vq part) of "Visual Autoregressive
+Modeling" (Tian et al., arXiv 2404.02905). Where paper and released code differ, a comment says so.
+"""
+import re
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PHIS = 4                # paper: one phi a scale; released code, and here: four, shared by neighbouring scales
+COMMITMENT = 0.25       # weight of the pull on the encoder towards the codes, beta in the VQVAE papers
+
+
+@dataclass(frozen=True)
+class VQVAEConfig:
+    """Everything that fixes the tokenizer's shape. An impossible value raises ValueError, 'field=value: why'.
+
+    The stride, pixels per latent, is patch_size * 2 ** (len(channel_mults) - 1). The released tokenizer is
+    VQVAEConfig(256, 1, 160, (1, 1, 2, 2, 4), 2, True, 32, 4096, (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)).
+    """
+    image_size: int = 32                        # pixels, height and width
+    patch_size: int = 4                         # pixels a side, folded into channels before the first layer
+    channels: int = 64                          # channels of the first level
+    channel_mults: tuple[int, ...] = (1,)       # channels of a level, times; the size halves between levels
+    res_blocks: int = 1                         # residual blocks a level; the decoder has one more
+    attention: bool = False                     # self-attention at the coarsest level, as released
+    z_channels: int = 16                        # C
+    vocab_size: int = 256                       # V
+    scales: tuple[int, ...] = (1, 2, 4, 8)      # side of each token map, coarse to fine
+
+    @property
+    def stride(self) -> int:
+        return self.patch_size * 2 ** (len(self.channel_mults) - 1)
+
+    def __post_init__(self):
+        for name in ('image_size', 'patch_size', 'channels', 'res_blocks', 'z_channels', 'vocab_size'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
+        if self.channels % 32:
+            raise ValueError(f'channels={self.channels}: must be a multiple of 32, the groups of GroupNorm')
+        if not self.channel_mults or min(self.channel_mults) < 1:
+            raise ValueError(f'channel_mults={self.channel_mults}: needs one or more numbers of at least 1')
+        if len(self.scales) < 2 or self.scales[0] != 1 or list(self.scales) != sorted(set(self.scales)):
+            raise ValueError(f'scales={self.scales}: must start at 1 and rise, two scales or more')
+        if self.scales[-1] * self.stride != self.image_size:
+            raise ValueError(f'scales={self.scales}: the last must be the latent size, image_size / stride = '
+                             f'{self.image_size} / {self.stride} = {self.image_size / self.stride:g}')
+
+
+def phi_of_scale(k: int, K: int) -> int:
+    """Which of the four phis scale k of K (from 0) uses: the one whose tick is nearest to k / (K - 1).
+
+    Released code, PhiPartiallyShared. At ties float64 rounding decides, so this is computed, not reasoned.
+    """
+    ticks = np.linspace(1 / 3 / PHIS, 1 - 1 / 3 / PHIS, PHIS)
+    return int(np.argmin(np.abs(ticks - k / (K - 1))))
+
+
+# ---------------------------------------------------------------------------------------- networks
+def norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__()
+        self.norm1, self.conv1 = norm(channels), nn.Conv2d(channels, out_channels, 3, padding=1)
+        self.norm2, self.conv2 = norm(out_channels), nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.shortcut(x) + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all positions of a feature map, one head."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)                     # (B, hw, 3 * channels)
+        h = F.scaled_dot_product_attention(*qkv.unsqueeze(1).chunk(3, dim=-1))      # (B, 1, hw, channels)
+        return x + self.proj(h.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+class Downsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))            # padded on the right and below only, as released
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode='nearest'))
+
+
+def middle(width: int, attention: bool) -> OrderedDict:
+    """The layers at the coarsest size between the levels and the latents."""
+    layers = OrderedDict(mid_block_1=ResBlock(width, width))
+    if attention:
+        layers['mid_attn_1'] = AttentionBlock(width)
+    layers['mid_block_2'] = ResBlock(width, width)
+    return layers
+
+
+def build_encoder(config: VQVAEConfig) -> nn.Sequential:
+    """(B, 3, H * stride, W * stride) in [-1, 1] -> (B, C, H, W). Layers are named as in the released code."""
+    width, last = config.channels, len(config.channel_mults) - 1
+    layers = OrderedDict(fold=nn.PixelUnshuffle(config.patch_size))
+    layers['conv_in'] = nn.Conv2d(3 * config.patch_size ** 2, width, 3, padding=1)
+    for i, mult in enumerate(config.channel_mults):
+        for j in range(config.res_blocks):
+            layers[f'down_{i}_block_{j}'] = ResBlock(width, config.channels * mult)
+            width = config.channels * mult
+            if config.attention and i == last:
+                layers[f'down_{i}_attn_{j}'] = AttentionBlock(width)
+        if i < last:
+            layers[f'down_{i}_downsample'] = Downsample(width)
+    layers |= middle(width, config.attention)
+    layers |= dict(norm_out=norm(width), silu=nn.SiLU())
+    layers['conv_out'] = nn.Conv2d(width, config.z_channels, 3, padding=1)
+    return nn.Sequential(layers)
+
+
+def build_decoder(config: VQVAEConfig) -> nn.Sequential:
+    """(B, C, H, W) -> (B, 3, H * stride, W * stride): the encoder backwards, one more block a level."""
+    last = len(config.channel_mults) - 1
+    width = config.channels * config.channel_mults[last]
+    layers = OrderedDict(conv_in=nn.Conv2d(config.z_channels, width, 3, padding=1))
+    layers |= middle(width, config.attention)
+    for i in range(last, -1, -1):
+        for j in range(config.res_blocks + 1):
+            layers[f'up_{i}_block_{j}'] = ResBlock(width, config.channels * config.channel_mults[i])
+            width = config.channels * config.channel_mults[i]
+            if config.attention and i == last:
+                layers[f'up_{i}_attn_{j}'] = AttentionBlock(width)
+        if i > 0:
+            layers[f'up_{i}_upsample'] = Upsample(width)
+    layers |= dict(norm_out=norm(width), silu=nn.SiLU())
+    layers['conv_out'] = nn.Conv2d(width, 3 * config.patch_size ** 2, 3, padding=1)
+    layers['unfold'] = nn.PixelShuffle(config.patch_size)
+    return nn.Sequential(layers)
+
+
+class Phi(nn.Conv2d):
+    """phi(x) = 0.5 x + 0.5 conv(x): mends what was lost in resizing a coarse token map up."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * x + 0.5 * super().forward(x)
+
+
+# --------------------------------------------------------------------------------------- tokenizer
+class VQVAE(nn.Module):
+    def __init__(self, config: VQVAEConfig):
+        super().__init__()
+        self.config = config
+        K, C = len(config.scales), config.z_channels
+        self.encoder, self.decoder = build_encoder(config), build_decoder(config)
+        self.quant_conv = nn.Conv2d(C, C, 3, padding=1)
+        self.post_quant_conv = nn.Conv2d(C, C, 3, padding=1)
+        self.codebook = nn.Embedding(config.vocab_size, C)              # one codebook for all scales
+        self.phis = nn.ModuleList(Phi(C) for _ in range(PHIS))
+        self.phi_table = [phi_of_scale(k, K) for k in range(K)]
+        self.scale_lengths = [side * side for side in config.scales]
+
+    # --- the three steps that everything below is made of
+    def nearest_codes(self, z_BChw: Tensor) -> Tensor:
+        """Index of the nearest code (plain L2) for every position, row by row: (B, l) int64."""
+        z_BlC = z_BChw.flatten(2).transpose(1, 2)
+        codes_VC = self.codebook.weight
+        with torch.autocast(z_BChw.device.type, enabled=False):
+            # |z - code|^2 without |z|^2, which is the same for every code
+            distances = codes_VC.square().sum(1) - 2 * z_BlC @ codes_VC.T
+        return distances.argmin(-1)
+
+    def contribution(self, tokens_Bl: Tensor, k: int) -> Tensor:
+        """What the tokens of scale k (from 0) add to f_hat: (B, C, H, W) float32."""
+        side, size = self.config.scales[k], self.config.scales[-1]
+        z_BCHW = self.codebook(tokens_Bl).transpose(1, 2).unflatten(2, (side, side))    # Alg. 1, line 7
+        if side != size:
+            z_BCHW = F.interpolate(z_BCHW, size=(size, size), mode='bicubic')           # line 8
+        with torch.autocast(z_BCHW.device.type, enabled=False):
+            return self.phis[self.phi_table[k]](z_BCHW.contiguous())                    # line 9, phi_k
+
+    def shrink(self, f_BCHW: Tensor, k: int) -> Tensor:
+        """Averages a map over the areas of scale k's grid: (B, C, h, w)."""
+        side = self.config.scales[k]
+        return f_BCHW if side == f_BCHW.shape[-1] else F.interpolate(f_BCHW, size=(side, side), mode='area')
+
+    # --- images <-> tokens
+    def features(self, images_B3HW: Tensor) -> Tensor:
+        """The encoder: images in [-1, 1] -> f, (B, C, H, W) float32."""
+        return self.quant_conv(self.encoder(images_B3HW)).float()
+
+    def quantize(self, f_BCHW: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Algorithm 1 behind its first line: f -> tokens_BL and f_hat after every scale (K maps, B, C, H, W).
+
+        f_hats carry gradients to the codebook and the phis, none to f.
+        """
+        residual = f_BCHW.detach()
+        tokens, f_hats = [], []
+        for k in range(len(self.config.scales)):
+            tokens.append(self.nearest_codes(self.shrink(residual, k)))         # Alg. 1, lines 5 and 6
+            h_BCHW = self.contribution(tokens[-1], k)
+            f_hats.append(f_hats[-1] + h_BCHW if f_hats else h_BCHW)
+            residual = residual - h_BCHW.detach()                               # Alg. 1, line 9
+        return torch.cat(tokens, dim=1), f_hats
+
+    @torch.no_grad()
+    def encode(self, images_B3HW: Tensor) -> Tensor:
+        """Algorithm 1: images in [-1, 1], (B, 3, image_size, image_size) -> tokens_BL."""
+        return self.quantize(self.features(images_B3HW))[0]
+
+    def f_hats(self, tokens_BL: Tensor) -> list[Tensor]:
+        """The sums of contributions up to scale 1, 2, ..., K: what `quantize` returned with these tokens."""
+        f_hats = []
+        for k, tokens_Bl in enumerate(tokens_BL.split(self.scale_lengths, dim=1)):
+            h_BCHW = self.contribution(tokens_Bl, k)
+            f_hats.append(f_hats[-1] + h_BCHW if f_hats else h_BCHW)
+        return f_hats
+
+    def decode_f_hat(self, f_hat_BCHW: Tensor) -> Tensor:
+        """Algorithm 2, last line: f_hat -> images, float32, not yet clamped to [-1, 1]."""
+        return self.decoder(self.post_quant_conv(f_hat_BCHW)).float()
+
+    @torch.no_grad()
+    def decode(self, tokens_BL: Tensor) -> Tensor:
+        """Algorithm 2: tokens -> images in [-1, 1], (B, 3, image_size, image_size)."""
+        return self.decode_f_hat(self.f_hats(tokens_BL)[-1]).clamp(-1, 1)
+
+    @torch.no_grad()
+    def teacher_inputs(self, tokens_BL: Tensor) -> Tensor:
+        """What the transformer sees in training: (B, L - 1, C) float32.
+
+        The input for scale k + 1 is all that is known before it, f_hat after scale k, shrunk to its grid (and
+        not the tokens of scale k alone). Scale 1 has none: it is predicted from the class.
+        """
+        f_hats = self.f_hats(tokens_BL)[:-1]
+        return torch.cat([self.next_input(f_hat, k) for k, f_hat in enumerate(f_hats)], dim=1)
+
+    def next_input(self, f_hat_BCHW: Tensor, k: int) -> Tensor:
+        """f_hat after scale k -> the transformer's input for scale k + 1, (B, l, C)."""
+        return self.shrink(f_hat_BCHW, k + 1).flatten(2).transpose(1, 2)
+
+    # --- training
+    def forward(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Images in [-1, 1] -> reconstruction (not clamped), vq loss, tokens_BL.
+
+        The vq part of Equation 5 as released: after every scale, codes and phis move towards f, and f a
+        little towards them. The decoder's gradient goes straight through to f, as if nothing were quantized.
+        """
+        f = self.features(images_B3HW)
+        tokens_BL, f_hats = self.quantize(f)
+        vq_loss = sum(F.mse_loss(f_hat, f.detach()) + COMMITMENT * F.mse_loss(f, f_hat.detach())
+                      for f_hat in f_hats)
+        straight_through = f + (f_hats[-1] - f).detach()
+        return self.decode_f_hat(straight_through), vq_loss / len(f_hats), tokens_BL
+
+    @torch.no_grad()
+    def revive_codes(self, dead_V: Tensor, images_B3HW: Tensor):
+        """Puts each code of a mask on a vector that the quantizer meets in these images.
+
+        That is a residual of a scale taken at random, so that the coarse scales, where collapse is worst, get
+        as many codes as the fine ones. Uses torch's default generator.
+        """
+        f = self.features(images_B3HW)
+        f_hats = [torch.zeros_like(f)] + self.quantize(f)[1][:-1]
+        n, K = int(dead_V.sum()), len(f_hats)
+        candidates = []
+        for k, f_hat in enumerate(f_hats):
+            z_NC = self.shrink(f - f_hat, k).permute(0, 2, 3, 1).flatten(0, 2)
+            candidates.append(z_NC[torch.randint(len(z_NC), (n,), device=f.device)])
+        chosen_n = torch.randint(K, (n,), device=f.device)
+        candidates_nKC = torch.stack(candidates, dim=1)
+        self.codebook.weight[dead_V] = candidates_nKC[torch.arange(n, device=f.device), chosen_n]
+
+    # --- the authors' weights
+    @classmethod
+    def from_official(cls, state_dict: dict[str, Tensor], scales: tuple[int, ...]) -> 'VQVAE':
+        """The released tokenizer (vae_ch160v4096z32.pth) as a VQVAE; all else is read off the shapes.
+
+        Raises ValueError with the first key that is missing, superfluous or of another shape.
+        """
+        for key in ('encoder.conv_in.weight', 'quant_conv.weight', 'quantize.embedding.weight'):
+            if key not in state_dict:
+                raise ValueError(f'not a released VAR tokenizer: {key} is missing')
+        channels = len(state_dict['encoder.conv_in.weight'])
+        mults = {(int(m[1]), int(m[2])): len(weight) // channels for key, weight in state_dict.items()
+                 if (m := re.fullmatch(r'encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.weight', key))}
+        levels, res_blocks = (1 + max(numbers) for numbers in zip(*mults, (0, 0), strict=True))
+        model = cls(VQVAEConfig(
+            image_size=scales[-1] * 2 ** (levels - 1), patch_size=1, channels=channels,
+            channel_mults=tuple(mults.get((level, 0), 1) for level in range(levels)), res_blocks=res_blocks,
+            attention=True, z_channels=len(state_dict['quant_conv.weight']),
+            vocab_size=len(state_dict['quantize.embedding.weight']), scales=tuple(scales)))
+        left = {key: weight for key, weight in state_dict.items() if key != 'quantize.ema_vocab_hit_SV'}
+        ours = model.state_dict()
+        for name, weight in ours.items():
+            key = official_name(name)
+            if key not in left or left[key].shape != weight.shape:
+                found = f'has shape {tuple(left[key].shape)}' if key in left else 'is missing'
+                raise ValueError(f'{key} {found}, expected {tuple(weight.shape)}')
+            ours[name] = left.pop(key)
+        if left:
+            raise ValueError(f'{next(iter(left))} is not a weight of such a tokenizer')
+        model.load_state_dict(ours)
+        return model
+
+
+def official_name(name: str) -> str:
+    """The released code's name of one of our weights."""
+    name = re.sub(r'(down|up)_(\d+)_(block|attn)_(\d+)', r'\1.\2.\3.\4', name)
+    name = re.sub(r'(down|up)_(\d+)_', r'\1.\2.', name)
+    for ours, theirs in (('mid_', 'mid.'), ('shortcut', 'nin_shortcut'), ('proj.', 'proj_out.'),
+                         ('codebook.', 'quantize.embedding.'), ('phis.', 'quantize.quant_resi.qresi_ls.')):
+        name = name.replace(ours, theirs)
+    return name
