@@ -5,14 +5,14 @@
     python sample.py out/shapes/var.pt --count 4 --show-scales --out scales.png        # coarse to fine
     python sample.py out/shapes/var.pt --npz samples.npz --count 50000                 # for an evaluator
 
-A picture depends on the checkpoint, the flags, the seed and its own number, not on batch size or device (where
-only rounding may differ). From Python:
+A picture depends on the checkpoint, the flags, the seed and its own number, and not on batch size or device
+(where only rounding may differ). From Python:
 
     tokenizer, var, defaults = sample.load('out/shapes/var.pt')
-    images = var.generate(tokenizer, torch.tensor([0, 1, 2]), **defaults)              # (3, 3, H, W) in [-1, 1]
+    images = var.generate(tokenizer, torch.tensor([0, 1, 2]), **defaults)           # (3, 3, H, W) in [-1, 1]
 
-A checkpoint, var.pt, holds both stages, their configs, the class names and the sampling defaults: nothing else
-is needed to draw. Shapes stand in the names of tensors as in vqvae.py and var.py.
+A checkpoint, var.pt, holds both stages, their configs, the class names and the sampling defaults: nothing
+else is needed to draw. Shapes stand in the names of tensors as in vqvae.py and var.py.
 """
 import argparse
 import math
@@ -34,7 +34,7 @@ from var import VAR, VARConfig
 from vqvae import VQVAE, VQVAEConfig
 
 
-# -------------------------------------------------------------------------------------------- errors of the user's
+# -------------------------------------------------------------------------------------- errors of the user's
 class UserError(Exception):
     """Something that the user can mend: one line says what was wrong and what would do."""
 
@@ -85,7 +85,7 @@ def prepare_folder(folder: Path):
         raise UserError(f'{folder}: cannot be written ({error.strerror}); choose another --out') from None
 
 
-# ------------------------------------------------------------------------------------------------- device and type
+# ------------------------------------------------------------------------------------------- device and type
 def choose_device(name: str) -> torch.device:
     """'auto' is the GPU where there is one."""
     if name == 'auto':
@@ -98,13 +98,13 @@ def choose_device(name: str) -> torch.device:
 
 
 def autocast(device: torch.device, dtype: str):
-    """The one autocast context. 'auto': bfloat16 on a GPU, float32 on a CPU, where few are fast at bfloat16."""
+    """The one autocast context. 'auto': bfloat16 on a GPU, float32 on a CPU (few are fast at bfloat16)."""
     if dtype == 'auto':
         dtype = 'bfloat16' if device.type == 'cuda' else 'float32'
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == 'bfloat16')
 
 
-# ----------------------------------------------------------------------------------------------------- checkpoints
+# ----------------------------------------------------------------------------------------------- checkpoints
 def save_file(path: Path, write):
     """write(file) into a temporary file beside path, which then takes path's place: whole or not at all."""
     temporary = path.with_name(path.name + '.tmp')
@@ -128,9 +128,8 @@ def read_checkpoint(path: str | Path, kinds: tuple[str, ...], device='cpu') -> d
     check(Path(path).is_file(), f'{path}: no such file')
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:                                      # torch.load fails in many ways on a torn file
-        reason = str(error).split('\n')[0][:80]
-        raise UserError(f'{path}: cannot be read as a checkpoint; torn, or of another kind ({reason})') from None
+    except Exception as error:                              # torch.load fails in many ways on a torn file
+        raise UserError(f'{path}: torn, or no checkpoint at all ({first_line(error)})') from None
     check(isinstance(checkpoint, dict), f'{path}: holds no checkpoint')
     kind = checkpoint.get('kind', 'foreign')
     check(kind in kinds, f"{path}: a checkpoint of kind '{kind}', but '{' or '.join(kinds)}' is needed here")
@@ -148,7 +147,7 @@ def build_tokenizer(checkpoint: dict, path: str | Path) -> VQVAE:
 
 
 def load_tokenizer(path: str | Path, scales: tuple[int, ...]) -> VQVAE:
-    """The tokenizer in a vqvae.pt, a var.pt or the authors' release (which doesn't say its scales), frozen."""
+    """The tokenizer in a vqvae.pt, a var.pt or the authors' release (which doesn't say its scales)."""
     checkpoint = read_checkpoint(path, ('vqvae', 'var', 'foreign'))
     if 'kind' in checkpoint:
         return build_tokenizer(checkpoint, path)
@@ -163,8 +162,10 @@ def first_line(error: Exception) -> str:
 
 
 def load(path: str | Path, device: str | torch.device = 'cpu') -> tuple[VQVAE, VAR, dict]:
-    """A var.pt -> tokenizer, transformer (both in eval mode on `device`) and the sampling defaults, as `generate`
-    takes them. The class names are at var.class_names. Raises UserError where the file won't do."""
+    """A var.pt -> tokenizer, transformer (both in eval mode on `device`), sampling defaults for `generate`.
+
+    The class names are at var.class_names. Raises UserError where the file won't do.
+    """
     checkpoint = read_checkpoint(path, ('var',), device)
     tokenizer = build_tokenizer(checkpoint, path)
     try:
@@ -179,10 +180,11 @@ def load(path: str | Path, device: str | torch.device = 'cpu') -> tuple[VQVAE, V
 def save_model(path: Path, tokenizer: VQVAE, var: VAR, class_names: list[str], defaults: dict):
     """What `load` reads."""
     save_checkpoint(path, 'var', vqvae_config=asdict(tokenizer.config), vqvae=tokenizer.state_dict(),
-                    var_config=asdict(var.config), var=var.state_dict(), class_names=class_names, defaults=defaults)
+                    var_config=asdict(var.config), var=var.state_dict(), class_names=class_names,
+                    defaults=defaults)
 
 
-# --------------------------------------------------------------------------------------------------------- drawing
+# --------------------------------------------------------------------------------------------------- drawing
 def noise_of_pictures(seed: int, first: int, count: int, length: int) -> Tensor:
     """noise_BL of pictures first, first + 1, ...: each row comes from (seed, number of the picture) alone."""
     rows = [np.random.Generator(np.random.Philox(key=[seed, first + i])).random(length, dtype=np.float32)
@@ -190,14 +192,15 @@ def noise_of_pictures(seed: int, first: int, count: int, length: int) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def draw(tokenizer: VQVAE, var: VAR, labels: list[int], seed: int, batch_size: int, dtype: str = 'auto', **sampling):
+def draw(tokenizer: VQVAE, var: VAR, labels: list[int], seed: int, batch_size: int, dtype='auto', **sampling):
     """Yields (images, tokens_BL) batch by batch: images in [-1, 1], one a label, on the CPU."""
     device = var.position.device
     for first in range(0, len(labels), batch_size):
         labels_B = torch.tensor(labels[first:first + batch_size], device=device)
         noise_BL = noise_of_pictures(seed, first, len(labels_B), var.config.length).to(device)
         with autocast(device, dtype):
-            images, tokens_BL = var.generate(tokenizer, labels_B, noise_BL=noise_BL, return_tokens=True, **sampling)
+            images, tokens_BL = var.generate(tokenizer, labels_B, noise_BL=noise_BL, return_tokens=True,
+                                             **sampling)
         yield images.cpu(), tokens_BL.cpu()
 
 
@@ -207,7 +210,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def grid(images: Tensor, columns: int) -> Image.Image:
-    """(N, 3, H, W) in [-1, 1] -> one picture, row by row, two white pixels in between; small ones are enlarged."""
+    """(N, 3, H, W) in [-1, 1] -> one picture, row by row, with white lines; small ones are enlarged."""
     N, _, H, W = images.shape
     rows, zoom = math.ceil(N / columns), max(1, 64 // H)
     sheet = np.full((rows * (H + 2) - 2, columns * (W + 2) - 2, 3), 255, np.uint8)
@@ -222,7 +225,7 @@ def save_picture(path: Path, picture: Image.Image):
     save_file(path, lambda file: picture.save(file, format=format))
 
 
-# ---------------------------------------------------------------------------------------------------- command line
+# ---------------------------------------------------------------------------------------------- command line
 def parse_label(text: str, class_names: list[str]) -> int:
     """A class by its number or its name, in any case."""
     names = [name.lower() for name in class_names]
@@ -238,13 +241,13 @@ def build_parser() -> Parser:
     parser.add_argument('checkpoint', help='a var.pt that train.py wrote')
     parser.add_argument('--labels', nargs='+', help='classes by number or name; absent: every class')
     parser.add_argument('--count', type=int, help='pictures in all, the labels go round; absent: one a label')
-    parser.add_argument('--cfg', type=float, help="guidance at the last scale, it rises from 0; absent: checkpoint's")
-    parser.add_argument('--top-k', type=int, help="keep the k likeliest tokens, 0 all; absent: checkpoint's")
-    parser.add_argument('--top-p', type=float, help="keep the likeliest up to this mass, 0 or 1 all; absent: checkpoint's")
+    parser.add_argument('--cfg', type=float, help="guidance at the last scale; absent: the checkpoint's")
+    parser.add_argument('--top-k', type=int, help="keep the k likeliest tokens, 0 all; likewise")
+    parser.add_argument('--top-p', type=float, help='keep the likeliest up to this mass, 0 or 1 all')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--out', help='the picture to write; absent: samples.png, or none with --npz')
     parser.add_argument('--npz', help='write arr_0 (N, H, W, 3) uint8 and labels (N) to this file')
-    parser.add_argument('--show-scales', action='store_true', help='a row a picture: f_hat after each scale, decoded')
+    parser.add_argument('--show-scales', action='store_true', help='a row a picture, scale by scale')
     parser.add_argument('--batch-size', type=int, default=50)
     parser.add_argument('--device', default='auto')
     parser.add_argument('--dtype', choices=['auto', 'float32', 'bfloat16'], default='auto')
@@ -255,13 +258,13 @@ def check_flags(args: argparse.Namespace):
     check(args.count is None or args.count >= 1, f'--count {args.count}: must be at least 1')
     check(args.batch_size >= 1, f'--batch-size {args.batch_size}: must be at least 1')
     check(0 <= args.seed < 2 ** 63, f'--seed {args.seed}: must lie in [0, 2^63)')
-    check(args.cfg is None or math.isfinite(args.cfg) and args.cfg >= 0, f'--cfg {args.cfg}: must be 0 or more')
+    check(args.cfg is None or 0 <= args.cfg < math.inf, f'--cfg {args.cfg}: must be 0 or more')
     check(args.top_k is None or args.top_k >= 0, f'--top-k {args.top_k}: must be 0 or more')
     check(args.top_p is None or 0 <= args.top_p <= 1, f'--top-p {args.top_p}: must lie in [0, 1]')
     if args.out is None and args.npz is None:
         args.out = 'samples.png'
-    known = sorted(Image.registered_extensions())
-    check(args.out is None or Path(args.out).suffix.lower() in known, f'--out {args.out}: needs a picture\'s name, .png')
+    known = Image.registered_extensions()
+    check(args.out is None or Path(args.out).suffix.lower() in known, f'--out {args.out}: must end in .png')
     check(args.npz is None or args.npz.endswith('.npz'), f'--npz {args.npz}: must end in .npz')
     for path in (args.out, args.npz):
         if path is not None:
@@ -272,7 +275,8 @@ def main(argv: list[str]):
     args = build_parser().parse_args(argv)
     check_flags(args)
     tokenizer, var, sampling = load(args.checkpoint, choose_device(args.device))
-    sampling |= {name: value for name in ('cfg', 'top_k', 'top_p') if (value := getattr(args, name)) is not None}
+    flags = dict(cfg=args.cfg, top_k=args.top_k, top_p=args.top_p)
+    sampling |= {name: value for name, value in flags.items() if value is not None}
     classes = range(var.config.num_classes)
     if args.labels:
         classes = [parse_label(text, var.class_names) for text in args.labels]
@@ -282,7 +286,7 @@ def main(argv: list[str]):
     images, tokens = [], []
     with tqdm(total=len(labels), unit='picture', disable=len(labels) <= args.batch_size) as bar:
         for images_B3HW, tokens_BL in batches:
-            images.append(to_uint8(images_B3HW))                    # kept as bytes: 50,000 of 256x256 are 10 GB
+            images.append(to_uint8(images_B3HW))            # kept as bytes: 50,000 of 256x256 are 10 GB
             tokens.append(tokens_BL)
             bar.update(len(tokens_BL))
     images = torch.cat(images)
@@ -297,7 +301,8 @@ def main(argv: list[str]):
             columns = len(tokenizer.config.scales)
             tokens_BL = torch.cat(tokens).to(var.position.device)
             with torch.no_grad():
-                images = torch.stack([tokenizer.decode_f_hat(f) for f in tokenizer.f_hats(tokens_BL)], 1).flatten(0, 1)
+                steps = [tokenizer.decode_f_hat(f_hat).cpu() for f_hat in tokenizer.f_hats(tokens_BL)]
+            images = torch.stack(steps, dim=1).flatten(0, 1)
         save_picture(Path(args.out), grid(images, min(columns, len(images))))
         print(f'{args.out}: {len(labels)} pictures')
 

@@ -1,17 +1,17 @@
 """Trains VAR: stage 1 the tokenizer (vqvae.py), stage 2 the next-scale transformer (var.py).
 
-    python train.py                                                     # both stages on drawn shapes, on any CPU
-    python train.py --preset cifar10                                    # CIFAR-10, downloaded to data/
-    python train.py --preset cifar10 --data-dir DIR --depth 4 --batch-size 64 --vqvae-steps 200 --var-steps 200
-    python train.py --preset cifar10 --stage var --tokenizer out/cifar10/vqvae.pt --out out/deeper --depth 8
-    python train.py --resume                                            # go on from the last save in out/shapes
+    python train.py                                             # both stages on drawn shapes, on any CPU
+    python train.py --preset cifar10                            # CIFAR-10, downloaded to data/
+    python train.py --preset cifar10 --data-dir DIR --depth 4 --batch-size 64 --var-steps 2000
+    python train.py --preset cifar10 --stage var --tokenizer out/cifar10/vqvae.pt --depth 8 --out out/deeper
+    python train.py --resume                                    # go on from the last save in out/shapes
 
-Every field of TrainConfig, VQVAEConfig and VARConfig is a flag; a preset is a set of values for them. A run leaves
-in --out (out/<preset>): vqvae.pt and var.pt, to use and to share; last.pt and previous.pt, to resume; vqvae.csv and
-var.csv, the logs; reconstructions.png and samples.png.
+Every field of TrainConfig, VQVAEConfig and VARConfig is a flag; a preset is a set of values for them. A run
+leaves in --out (out/<preset>): vqvae.pt and var.pt, to use and to share; last.pt and previous.pt, to resume;
+vqvae.csv and var.csv, the logs; reconstructions.png and samples.png.
 
-Everything random in step s follows from (seed, s): the pictures of the batch, their augmentation, dropout. So a run
-that is resumed goes on as if it had never stopped, and there are no random states to save.
+All that is random in step s follows from (seed, s): the pictures of the batch, their augmentation, dropout.
+So there are no random states to save, and a run that is resumed goes on as if it had never stopped.
 """
 import argparse
 import csv
@@ -59,10 +59,10 @@ class TrainConfig:
     var_lr: float = 4e-3                # peak learning rate of stage 2 per 256 pictures of batch
     last_lr: float = 0.01               # learning rate of the last step, of the peak
     weight_decay: float = 0.05
-    revive_every_steps: int = 20        # how often stage 1 looks for unused codes, in its first three quarters
+    revive_every_steps: int = 20        # how often stage 1 looks for dead codes, in its first three quarters
     flip: bool = False                  # mirror half of the training pictures
     crop: int = 0                       # shift training pictures by up to so many pixels
-    train_count: int = 20000            # shapes: how many are drawn to train on
+    train_count: int = 12_000           # shapes: how many are drawn to train on
     val_count: int = 1000               # held-out pictures that are looked at in a validation
     log_every_steps: int = 50
     save_every_steps: int = 500         # validate, draw pictures and save; also done at the end
@@ -71,48 +71,46 @@ class TrainConfig:
     top_p: float = 0.96
 
     def __post_init__(self):
-        for name in ('vqvae_steps', 'var_steps', 'crop', 'top_k', 'cfg', 'weight_decay', 'seed'):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f'{name}={getattr(self, name)}: must be 0 or more')
-        for name in ('batch_size', 'train_count', 'val_count', 'revive_every_steps', 'log_every_steps',
-                     'save_every_steps'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
-        for name in ('vqvae_lr', 'var_lr'):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f'{name}={getattr(self, name)}: must be above 0')
-        for name in ('last_lr', 'top_p'):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f'{name}={getattr(self, name)}: must lie in [0, 1]')
-        for name, choices in dict(preset=tuple(PRESETS), stage=('vqvae', 'var', 'both'),
-                                  dtype=('auto', 'float32', 'bfloat16')).items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)}: must be one of {', '.join(choices)}")
+        rules = [
+            ('vqvae_steps var_steps crop top_k cfg weight_decay seed', lambda v: 0 <= v < math.inf,
+             '0 or more'),
+            ('batch_size train_count val_count revive_every_steps log_every_steps save_every_steps',
+             lambda v: v >= 1, '1 or more'),
+            ('vqvae_lr var_lr', lambda v: 0 < v < math.inf, 'above 0'),
+            ('last_lr top_p', lambda v: 0 <= v <= 1, 'in [0, 1]'),
+            ('preset', lambda v: v in PRESETS, ' or '.join(PRESETS)),
+            ('stage', lambda v: v in ('vqvae', 'var', 'both'), 'vqvae, var or both'),
+            ('dtype', lambda v: v in ('auto', 'float32', 'bfloat16'), 'auto, float32 or bfloat16')]
+        for names, is_possible, wanted in rules:
+            for name in names.split():
+                if not is_possible(getattr(self, name)):
+                    raise ValueError(f'{name}={getattr(self, name)}: must be {wanted}')
 
 
 PRESETS = {
-    'shapes': dict(vqvae_steps=350, var_steps=650, depth=2, adaln_gamma_init=0.1, vqvae_lr=8e-3, var_lr=8e-3),
-    'cifar10': dict(flip=True, depth=6, vocab_size=1024, z_channels=16, patch_size=2, channels=64, channel_mults=(1, 2),
-                    scales=(1, 2, 3, 4, 6, 8), batch_size=256, vqvae_steps=6000, var_steps=12000, vqvae_lr=2e-3,
-                    var_lr=1e-3, adaln_gamma_init=1e-2, val_count=2000, save_every_steps=2000),
+    'shapes': dict(depth=2, adaln_gamma_init=0.1, batch_size=32, vqvae_steps=600, var_steps=1000, vqvae_lr=0.032,
+                   var_lr=0.016, cfg=2.0, top_p=0.8),
+    'cifar10': dict(patch_size=2, channel_mults=(1, 2), vocab_size=1024, scales=(1, 2, 3, 4, 6, 8), depth=6,
+                    adaln_gamma_init=1e-2, batch_size=256, vqvae_steps=6000, var_steps=12000, vqvae_lr=2e-3,
+                    var_lr=1e-3, flip=True, val_count=2000, save_every_steps=2000),
 }
 
 
-# ------------------------------------------------------------------------------------------------------------ data
+# ------------------------------------------------------------------------------------------------------ data
 FIGURES = ('disc', 'ring', 'square', 'triangle', 'star', 'heart', 'cross', 'moon', 'arrow', 'hourglass')
 
 
 def outline(figure: str) -> list[tuple[np.ndarray, int]]:
-    """A figure as polygons to fill one after the other, with 255 (ink) or 0 (hole): points in [-1, 1], y down."""
+    """A figure as polygons in [-1, 1], y down, to fill one after the other with 255 (ink) or 0 (hole)."""
     t = np.linspace(0, 2 * np.pi, 48, endpoint=False)
     disc = np.stack([np.cos(t), np.sin(t)], 1)
     points = {
         'square': [(-.8, -.8), (.8, -.8), (.8, .8), (-.8, .8)],
         'triangle': [(0, -.95), (.95, .75), (-.95, .75)],
         'star': [(radius * math.sin(i * math.pi / 5), -radius * math.cos(i * math.pi / 5))
-                 for i, radius in enumerate([1.05, .42] * 5)],
-        'heart': np.stack([16 * np.sin(t) ** 3, -13 * np.cos(t) + 5 * np.cos(2 * t) + 2 * np.cos(3 * t)
-                           + np.cos(4 * t)], 1) / 16,
+                 for i, radius in enumerate([1.15, .48] * 5)],
+        'heart': np.stack([np.sin(t) ** 3, (5 * np.cos(2 * t) - 13 * np.cos(t) + 2 * np.cos(3 * t)
+                                            + np.cos(4 * t)) / 16], 1),
         'cross': [(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3),
                   (.3, 1), (-.3, 1), (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3)],
         'arrow': [(0, -1), (.8, -.05), (.3, -.05), (.3, 1), (-.3, 1), (-.3, -.05), (-.8, -.05)],
@@ -125,17 +123,17 @@ def outline(figure: str) -> list[tuple[np.ndarray, int]]:
 
 
 def draw_shapes(count: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
-    """Draws `count` pictures of ten kinds of figures, in turn: uint8 (count, 3, size, size), int64 labels (count,).
+    """Draws ten kinds of figures in turn: uint8 (count, 3, size, size) and int64 labels (count,).
 
-    One bright figure on a dark ground, antialiased, of varied colours, sizes, places and turns (up to 15 degrees).
-    The same count, seed and size give the same pictures.
+    One bright figure on a dark ground, antialiased, of varied colours, sizes, places and turns (up to 15
+    degrees). The same count, seed and size give the same pictures.
     """
     random = np.random.RandomState(seed)
     outlines = [outline(figure) for figure in FIGURES]
     pictures = np.empty((count, size, size, 3), np.uint8)
     for i in range(count):
-        radius, turn = random.uniform(.28, .38) * size, random.uniform(-15, 15) * math.pi / 180
-        centre = size / 2 + random.uniform(-.1, .1, 2) * size
+        radius, turn = random.uniform(.28, .37) * size, random.uniform(-15, 15) * math.pi / 180
+        centre = size / 2 + random.uniform(-.08, .08, 2) * size
         turned = radius * np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
         mask = Image.new('L', (4 * size, 4 * size))
         for points, ink in outlines[i % len(FIGURES)]:
@@ -156,11 +154,11 @@ CIFAR10_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
 CIFAR10_MD5 = 'c32a1d4ab5d03f1284b67883e8d87530'
 CIFAR10_FILES = [f'data_batch_{i}.bin' for i in range(1, 6)] + ['test_batch.bin']
 CIFAR10_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
-CIFAR10_RECORDS, CIFAR10_RECORD = 10_000, 1 + 3 * 32 * 32           # a file's pictures; a picture's label and planes
+CIFAR10_COUNT, CIFAR10_BYTES = 10_000, 1 + 3 * 32 * 32      # pictures a file; label and planes of one
 
 
 def download_cifar10(folder: Path, url: str = CIFAR10_URL, md5: str = CIFAR10_MD5):
-    """Downloads and unpacks the binary files into folder/cifar-10-batches-bin; UserError if it can't be had whole."""
+    """Downloads and unpacks the binary files to folder/cifar-10-batches-bin, all of them or none."""
     sample.prepare_folder(folder)
     archive, digest = folder / 'cifar-10-binary.tar.gz.part', hashlib.md5()
     try:
@@ -171,14 +169,13 @@ def download_cifar10(folder: Path, url: str = CIFAR10_URL, md5: str = CIFAR10_MD
                     file.write(chunk)
                     digest.update(chunk)
                     bar.update(len(chunk))
-        check(digest.hexdigest() == md5, f'{url}: what came has md5 {digest.hexdigest()}, not {md5}: broken off or '
-              'changed; try again, or unpack CIFAR-10 (binary version) yourself and name its folder with --data-dir')
+        check(digest.hexdigest() == md5, f'{url}: broken off or changed, its md5 is not {md5}; try again, or '
+              'unpack CIFAR-10 (binary version) yourself and name its folder with --data-dir')
         with tarfile.open(archive) as tar:
-            tar.extractall(folder, members=[m for m in tar if m.isfile() and Path(m.name).name in CIFAR10_FILES],
-                           filter='data')
+            tar.extractall(folder, filter='data')
     except OSError as error:
-        raise UserError(f'{url}: cannot be downloaded ({error}); unpack CIFAR-10 (binary version) yourself and name '
-                        'its folder with --data-dir') from None
+        raise UserError(f'{url}: cannot be downloaded ({error}); unpack CIFAR-10 (binary version) yourself '
+                        'and name its folder with --data-dir') from None
     finally:
         archive.unlink(missing_ok=True)
 
@@ -188,17 +185,17 @@ def read_cifar10(data_dir: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     folder = Path(data_dir or 'data')
     if data_dir is None and not (folder / 'cifar-10-batches-bin').is_dir():
         download_cifar10(folder)
-    check(folder.is_dir(), f'--data-dir {folder}: no such folder; without the flag, CIFAR-10 is downloaded to data/')
+    check(folder.is_dir(), f'--data-dir {folder}: no such folder; without the flag, CIFAR-10 comes to data/')
     if (folder / 'cifar-10-batches-bin').is_dir():
         folder = folder / 'cifar-10-batches-bin'
     images, labels = [], []
-    for name in CIFAR10_FILES:
-        path = folder / name
-        check(path.is_file(), f'--data-dir {data_dir}: {name} is missing; needs the unpacked binary version of CIFAR-10')
-        size, wanted = path.stat().st_size, CIFAR10_RECORDS * CIFAR10_RECORD
-        check(size == wanted, f'{path}: has {size} bytes instead of {wanted}; not a file of CIFAR-10, or broken')
-        records = torch.from_numpy(np.fromfile(path, np.uint8)).view(CIFAR10_RECORDS, CIFAR10_RECORD)
-        check(int(records[:, 0].max()) <= 9, f'{path}: holds the label {int(records[:, 0].max())}, but CIFAR-10 has 0 to 9')
+    for path in [folder / name for name in CIFAR10_FILES]:
+        check(path.is_file(), f'--data-dir {data_dir}: has no {path.name}; needs CIFAR-10, binary version')
+        size, expected = path.stat().st_size, CIFAR10_COUNT * CIFAR10_BYTES
+        check(size == expected, f'{path}: has {size} bytes instead of {expected}; broken, or not CIFAR-10')
+        records = torch.from_numpy(np.fromfile(path, np.uint8)).view(CIFAR10_COUNT, CIFAR10_BYTES)
+        top = int(records[:, 0].max())
+        check(top <= 9, f'{path}: holds the label {top}, but CIFAR-10 has 0 to 9; broken, or not CIFAR-10')
         labels.append(records[:, 0].long())
         images.append(records[:, 1:].view(-1, 3, 32, 32))
     return torch.cat(images[:5]), torch.cat(labels[:5]), images[5], labels[5]
@@ -216,8 +213,8 @@ class Data:
         else:
             check(image_size == 32, f'--image-size {image_size}: CIFAR-10 has pictures of 32')
             arrays, self.class_names = read_cifar10(config.data_dir), CIFAR10_CLASSES
-        self.images, self.labels, self.val_images, self.val_labels = (a.to(device) for a in arrays)
-        self.val_images, self.val_labels = self.val_images[:config.val_count], self.val_labels[:config.val_count]
+        self.images, self.labels = arrays[0].to(device), arrays[1].to(device)
+        self.val_images, self.val_labels = (array[:config.val_count].to(device) for array in arrays[2:])
         check(config.batch_size <= len(self.images), f'--batch-size {config.batch_size}: there are only '
               f'{len(self.images)} pictures to train on')
         self.epoch, self.order = -1, torch.empty(0)
@@ -228,7 +225,8 @@ class Data:
         epoch, place = divmod(step, len(self.images) // B)
         if epoch != self.epoch:
             generator = torch.Generator().manual_seed(self.config.seed * 10_007 + epoch)
-            self.epoch, self.order = epoch, torch.randperm(len(self.images), generator=generator).to(self.device)
+            self.order = torch.randperm(len(self.images), generator=generator).to(self.device)
+            self.epoch = epoch
         chosen = self.order[place * B:(place + 1) * B]
         return augment(to_float(self.images[chosen]), self.config.flip, self.config.crop), self.labels[chosen]
 
@@ -244,7 +242,7 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def augment(images_B3HW: Tensor, flip: bool, crop: int) -> Tensor:
-    """Mirrors each picture with a chance of one half; shifts each by up to `crop` pixels, its edge continued."""
+    """Mirrors half of the pictures, and shifts each by up to `crop` pixels, its edge continued."""
     B, _, H, W = images_B3HW.shape
     if flip:
         mirrored = torch.rand(B, 1, 1, 1, device=images_B3HW.device) < 0.5
@@ -258,7 +256,7 @@ def augment(images_B3HW: Tensor, flip: bool, crop: int) -> Tensor:
     return images_B3HW
 
 
-# --------------------------------------------------------------------------------------- what the two stages train
+# --------------------------------------------------------------------------------- what the two stages train
 class TokenizerTask:
     """Stage 1: Equation 5, of which small pictures need the reconstruction and the vq loss."""
     name = 'vqvae'
@@ -284,11 +282,12 @@ class TokenizerTask:
         self.state['hits_V'] += tokens_BL.flatten().bincount(minlength=self.model.config.vocab_size)
         reconstruction_loss = F.mse_loss(reconstruction, images)
         # Eq. 5's perceptual and adversarial terms belong here
-        return reconstruction_loss + vq_loss, dict(reconstruction=reconstruction_loss.detach(), vq=vq_loss.detach())
+        metrics = dict(reconstruction=reconstruction_loss.detach(), vq=vq_loss.detach())
+        return reconstruction_loss + vq_loss, metrics
 
     @torch.no_grad()
     def validate(self) -> dict:
-        """PSNR (dB) of held-out pictures; share of codes in use (%) and perplexity, in all and scale by scale.
+        """PSNR (dB) of held-out pictures; codes in use (%) and their perplexity, in all and scale by scale.
 
         Perplexity is the number of equally frequent codes that would be as varied.
         """
@@ -298,8 +297,8 @@ class TokenizerTask:
             errors.append((self.model.decode(tokens[-1]) - images).square().mean((1, 2, 3)))
         tokens_NL = torch.cat(tokens)
         row = dict(psnr=10 * math.log10(4 / max(1e-12, torch.cat(errors).mean().item())))
-        by_scale = tokens_NL.split(self.model.scale_lengths, dim=1)
-        for name, part in [('', tokens_NL), *((f'_{n}', part) for n, part in zip(self.scale_names, by_scale))]:
+        parts = dict(zip(self.scale_names, tokens_NL.split(self.model.scale_lengths, dim=1)))
+        for name, part in [('', tokens_NL), *((f'_{name}', part) for name, part in parts.items())]:
             share_V = part.flatten().bincount(minlength=self.model.config.vocab_size) / part.numel()
             row['use' + name] = 100 * (share_V > 0).float().mean().item()
             row['perplexity' + name] = torch.special.entr(share_V).sum().exp().item()
@@ -307,8 +306,8 @@ class TokenizerTask:
 
     def report(self, row: dict) -> str:
         by_scale = [f'{n} {row["use_" + n]:.0f}% ({row["perplexity_" + n]:.0f})' for n in self.scale_names]
-        return (f'PSNR {row["psnr"]:.2f} dB, codes in use {row["use"]:.1f}% (perplexity {row["perplexity"]:.0f}), '
-                f'by scale {", ".join(by_scale)}')
+        return (f'PSNR {row["psnr"]:.2f} dB, codes in use {row["use"]:.1f}% (perplexity '
+                f'{row["perplexity"]:.0f}), by scale {", ".join(by_scale)}')
 
     def draw(self):
         """reconstructions.png: a row of held-out pictures over a row of what the tokenizer makes of them."""
@@ -341,9 +340,10 @@ class TransformerTask:
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
         tokens_BL = self.tokenizer.encode(images)
         logits_BLV = self.model(labels, self.tokenizer.teacher_inputs(tokens_BL))
-        loss_BL = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten(), reduction='none').view_as(tokens_BL)
+        loss_BL = F.cross_entropy(logits_BLV.transpose(1, 2), tokens_BL, reduction='none')
+        right_BL = logits_BLV.argmax(-1) == tokens_BL
         metrics = {}
-        for metric, values_BL in dict(loss=loss_BL.detach(), accuracy=logits_BLV.argmax(-1) == tokens_BL).items():
+        for metric, values_BL in dict(loss=loss_BL.detach(), accuracy=right_BL).items():
             values_L = values_BL.float().mean(0)
             metrics[metric] = values_L.mean()
             for name, values in zip(self.scale_names, values_L.split(self.tokenizer.scale_lengths)):
@@ -359,24 +359,26 @@ class TransformerTask:
         return averages.take()
 
     def report(self, row: dict) -> str:
-        by_scale = [f'{n} {row["loss_" + n]:.2f} ({100 * row["accuracy_" + n]:.0f}%)' for n in self.scale_names]
+        by_scale = [f'{n} {row["loss_" + n]:.2f} ({row["accuracy_" + n]:.0%})' for n in self.scale_names]
         return (f'loss {row["loss"]:.3f}, ln V = {math.log(self.model.config.vocab_size):.3f}, '
-                f'accuracy {100 * row["accuracy"]:.1f}%, by scale {", ".join(by_scale)}')
+                f'accuracy {row["accuracy"]:.1%}, by scale {", ".join(by_scale)}')
 
     def draw(self):
         """samples.png: a column a class, at the sampling defaults."""
         classes = self.model.config.num_classes
         batches = sample.draw(self.tokenizer, self.model, list(range(classes)) * 8, 0, self.config.batch_size,
                               self.config.dtype, **self.sampling)
-        save_picture(self.run.out / 'samples.png', sample.grid(torch.cat([images for images, _ in batches]), classes))
+        picture = sample.grid(torch.cat([images for images, _ in batches]), classes)
+        save_picture(self.run.out / 'samples.png', picture)
 
     def save(self):
-        sample.save_model(self.run.out / 'var.pt', self.tokenizer, self.model, self.run.data.class_names, self.sampling)
+        sample.save_model(self.run.out / 'var.pt', self.tokenizer, self.model, self.run.data.class_names,
+                          self.sampling)
 
 
-# --------------------------------------------------------------------------------------------------- training loop
+# --------------------------------------------------------------------------------------------- training loop
 def learning_rate(step: int, steps: int, last: float) -> float:
-    """Released schedule, of the peak: up from 0.005 over 1/50 of the steps, flat for 5% of the rest, down to `last`."""
+    """Released schedule, of the peak: 1/50 of the steps up from 0.005, then 5% flat, then down to `last`."""
     warmup = steps / 50
     if step < warmup:
         return 0.005 + 0.995 * step / warmup
@@ -385,7 +387,7 @@ def learning_rate(step: int, steps: int, last: float) -> float:
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """No weight decay on biases and one-dimensional tensors, nor on what stands for a position, a scale or a gate."""
+    """No weight decay on one-dimensional tensors, nor on what stands for a position, a scale or a gate."""
     free = ('position', 'scale_embedding', 'adaln_table', 'log_scale')
     decayed, undecayed = [], []
     for name, parameter in model.named_parameters():
@@ -441,7 +443,7 @@ def fit(run: 'Run', task):
             images_per_s = averages.weight * len(images) / (time.time() - began)
             row = averages.take()
             run.log(step + 1, 'train', lr=lr, images_per_s=images_per_s, **row)
-            bar.set_postfix_str(f'{next(iter(row))} {next(iter(row.values())):.3f}, {images_per_s:.0f} images/s')
+            bar.set_postfix_str(f'{task.columns[0]} {row[task.columns[0]]:.3f}, {images_per_s:.0f} images/s')
             began = time.time()
         if at_end or (step + 1) % config.save_every_steps == 0:
             model.eval()
@@ -465,8 +467,9 @@ class Run:
         last = self.out / 'last.pt'
         if last.exists():
             last.replace(self.out / 'previous.pt')
-        sample.save_checkpoint(last, 'resume', settings=self.settings, stage=task.name, step=step, state=task.state,
-                               model=task.model.state_dict(), optimizer=optimizer.state_dict())
+        sample.save_checkpoint(last, 'resume', settings=self.settings, stage=task.name, step=step,
+                               state=task.state, model=task.model.state_dict(),
+                               optimizer=optimizer.state_dict())
 
     def restore(self, task, optimizer: torch.optim.Optimizer) -> int:
         """Puts back what save() saved, if it was in this stage; returns the step to go on with."""
@@ -494,7 +497,8 @@ class Run:
         self.writer.writerows(rows)
 
     def log(self, step: int, split: str, **row):
-        self.writer.writerow(dict(step=step, split=split) | {name: f'{value:.6g}' for name, value in row.items()})
+        row = {name: f'{value:.6g}' for name, value in row.items()}
+        self.writer.writerow(dict(step=step, split=split) | row)
         self.file.flush()
 
 
@@ -508,27 +512,33 @@ def read_resume(out: Path) -> dict:
     raise UserError(f'--resume: {out} holds no run that can be resumed; start one without --resume')
 
 
-# ---------------------------------------------------------------------------------------------------- command line
-CONFIGS = (TrainConfig, VQVAEConfig, VARConfig)
-CHANGEABLE = {'out', 'resume', 'overwrite', 'device', 'dtype', 'data_dir', 'log_every_steps', 'save_every_steps'}
+# ---------------------------------------------------------------------------------------------- command line
+CONFIGS = (VARConfig, VQVAEConfig, TrainConfig)
+CHANGEABLE = 'out resume overwrite device dtype data_dir log_every_steps save_every_steps'.split()
 
 
 def build_parser() -> Parser:
     """One flag a field; the field's comment is its help."""
     parser = Parser(prog='train.py', description=__doc__)
-    fields = {field.name: (field, config) for config in reversed(CONFIGS) for field in dataclasses.fields(config)}
+    fields = {field.name: field for config in CONFIGS for field in dataclasses.fields(config)}
     del fields['num_classes']                                       # is read off the data
-    for name, (field, config) in sorted(fields.items()):
-        comment = re.search(rf'^    {name}: .*?# *(.+)$', inspect.getsource(config), re.M)
+    sources = '\n'.join(map(inspect.getsource, CONFIGS))
+    for name, field in sorted(fields.items()):
+        comment = re.search(rf'^    {name}: .*?# *(.+)$', sources, re.M)
         values = [f'{preset} {values[name]}' for preset, values in PRESETS.items() if name in values]
-        options = dict(help=f"{comment[1] if comment else ''} [{', '.join(values) or field.default}]".replace('%', '%%'))
+        help = f"{comment[1] if comment else ''} [{', '.join(values) or field.default}]"
+        options = dict(help=help.replace('%', '%%'))
         if field.type is bool:
             options |= dict(action=argparse.BooleanOptionalAction)
         else:                                                       # int, float | None, tuple[int, ...]
             options |= dict(type=(typing.get_args(field.type) or [field.type])[0], metavar='')
             options |= dict(nargs='+') if typing.get_origin(field.type) is tuple else {}
-        parser.add_argument('--' + name.replace('_', '-'), default=argparse.SUPPRESS, **options)
+        parser.add_argument(flag(name), default=argparse.SUPPRESS, **options)
     return parser
+
+
+def flag(name: str) -> str:
+    return '--' + name.replace('_', '-')
 
 
 def make(config_class, settings: dict, **more):
@@ -544,14 +554,15 @@ def resolve(given: dict) -> tuple[dict, tuple[str, ...]]:
     On resuming, the settings are the saved run's, and only the CHANGEABLE ones can be given anew.
     """
     preset = given.get('preset', 'shapes')
-    check(preset in PRESETS, f"--preset {preset}: must be one of {', '.join(PRESETS)}")
+    check(preset in PRESETS, f"--preset {preset}: must be {' or '.join(PRESETS)}")
     settings, stage = dict(preset=preset) | PRESETS[preset] | given, None
     if given.get('resume'):
         saved = read_resume(Path(given.get('out', f'out/{preset}')))
         settings, stage = saved['settings'] | given, saved['stage']
         for name, value in given.items():
-            check(name in CHANGEABLE or saved['settings'].get(name) == value, f"--{name.replace('_', '-')} {value}: the "
-                  f"run in --out has {saved['settings'].get(name)}; leave the flag away, or start anew in another --out")
+            had = saved['settings'].get(name)
+            check(name in CHANGEABLE or had == value, f'{flag(name)} {value}: the run to resume has {had}; '
+                  'leave the flag away, or start anew in another --out')
     stages = ('vqvae', 'var') if settings.get('stage', 'both') == 'both' else (settings['stage'],)
     return settings, stages[1:] if stage == 'var' else stages
 
@@ -561,8 +572,8 @@ def claim_folder(out: Path, config: TrainConfig):
     sample.prepare_folder(out)
     stages = ('vqvae', 'var') if config.stage == 'both' else (config.stage,)
     held = [path for stage in stages for path in (out / f'{stage}.csv', out / f'{stage}.pt') if path.exists()]
-    check(not held or config.resume or config.overwrite, f'--out {out}: already holds a run ({held and held[0].name}); '
-          '--resume goes on with it, --overwrite replaces it, or choose another --out')
+    check(not held or config.resume or config.overwrite, f'--out {out}: already holds a run; --resume goes '
+          'on with it, --overwrite replaces it, or choose another --out')
     if config.overwrite:
         for path in held + [out / 'last.pt', out / 'previous.pt']:
             path.unlink(missing_ok=True)
@@ -570,12 +581,12 @@ def claim_folder(out: Path, config: TrainConfig):
 
 def load_tokenizer(path: Path, settings: dict, given: dict) -> VQVAE:
     """The tokenizer for a stage 2 without a stage 1."""
-    check(path.is_file(), f'--stage var: there is no tokenizer {path}; train it with --stage vqvae, or name one with '
-          '--tokenizer')
+    check(path.is_file(), f'--stage var: there is no tokenizer {path}; train one with --stage vqvae, or name '
+          'one with --tokenizer')
     tokenizer = sample.load_tokenizer(path, settings.get('scales', VQVAEConfig.scales))
     for name, value in asdict(tokenizer.config).items():
-        check(given.get(name, value) == value, f"--{name.replace('_', '-')} {given.get(name)}: the tokenizer in {path} "
-              f'has {value}; leave the flag away')
+        check(given.get(name, value) == value, f'{flag(name)} {given.get(name)}: the tokenizer in {path} has '
+              f'{value}; leave the flag away')
     return tokenizer
 
 
@@ -585,8 +596,8 @@ def main(argv: list[str]):
     settings, stages = resolve(given)
     config = make(TrainConfig, settings)
     out, device = Path(config.out or f'out/{config.preset}'), choose_device(config.device)
-    make(VARConfig, settings, num_classes=1)                        # is it possible? its classes are known below
-    check(config.tokenizer is None or config.stage == 'var', f'--tokenizer {config.tokenizer}: needs --stage var')
+    make(VARConfig, settings, num_classes=1)                        # is it possible? its classes come later
+    check(config.tokenizer is None or config.stage == 'var', '--tokenizer: goes with --stage var')
     torch.manual_seed(config.seed)
     if 'vqvae' in stages:
         tokenizer = VQVAE(make(VQVAEConfig, settings))
@@ -605,11 +616,12 @@ def main(argv: list[str]):
         fit(run, TokenizerTask(run, tokenizer))
         tokenizer.requires_grad_(False)
     if 'var' in stages:
-        var = VAR(make(VARConfig, settings | dict(vocab_size=shape.vocab_size, z_channels=shape.z_channels,
-                                                  scales=shape.scales), num_classes=len(data.class_names))).to(device)
+        torch.manual_seed(config.seed)                  # as if stage 2 were trained alone
+        fixed = {name: getattr(shape, name) for name in ('vocab_size', 'z_channels', 'scales')}
+        var = VAR(make(VARConfig, settings | fixed, num_classes=len(data.class_names))).to(device)
         print(f'stage 2: transformer of depth {var.config.depth}, {count_parameters(var)} parameters')
         fit(run, TransformerTask(run, var, tokenizer))
-    print(f'done in {time.time() - began:.0f} s; look at {out}/reconstructions.png, then at {out}/samples.png')
+    print(f'done in {time.time() - began:.0f} s; look at {out}/reconstructions.png, then {out}/samples.png')
 
 
 def count_parameters(model: torch.nn.Module) -> str:

@@ -126,7 +126,7 @@ class Block(nn.Module):
             adaln_B16D = self.adaln_table + condition
         gamma1, gamma2, scale1, scale2, shift1, shift2 = adaln_B16D.unbind(2)
         h = self.attention(modulate(x_BlD, scale1, shift1), mask_ll, cache, start)
-        x_BlD = torch.addcmul(x_BlD, self.drop(gamma1), h)              # x + gamma1 * h, in one pass over memory
+        x_BlD = torch.addcmul(x_BlD, self.drop(gamma1), h)          # x + gamma1 * h, fused
         h = self.fc2(F.gelu(self.fc1(modulate(x_BlD, scale2, shift2)), approximate='tanh'))
         return torch.addcmul(x_BlD, self.drop(gamma2), h)
 
