@@ -2,7 +2,6 @@
 
     python train.py                                             # both stages on drawn shapes, on any CPU
     python train.py --preset cifar10                            # CIFAR-10, downloaded to data/
-    python train.py --preset cifar10 --data-dir DIR --depth 4 --batch-size 64 --var-steps 2000
     python train.py --preset cifar10 --stage var --tokenizer out/cifar10/vqvae.pt --depth 8 --out out/deeper
     python train.py --resume                                    # go on from the last save in out/shapes
 
@@ -20,6 +19,7 @@ import hashlib
 import inspect
 import math
 import re
+import shutil
 import tarfile
 import time
 import typing
@@ -62,7 +62,7 @@ class TrainConfig:
     revive_every_steps: int = 20        # how often stage 1 looks for dead codes, in its first three quarters
     flip: bool = False                  # mirror half of the training pictures
     crop: int = 0                       # shift training pictures by up to so many pixels
-    train_count: int = 12_000           # shapes: how many are drawn to train on
+    train_count: int = 12_000           # pictures to train on: drawn so many, or the first of the data set
     val_count: int = 1000               # held-out pictures that are looked at in a validation
     log_every_steps: int = 50
     save_every_steps: int = 500         # validate, draw pictures and save; also done at the end
@@ -72,10 +72,9 @@ class TrainConfig:
 
     def __post_init__(self):
         rules = [
-            ('vqvae_steps var_steps crop top_k cfg weight_decay seed', lambda v: 0 <= v < math.inf,
-             '0 or more'),
-            ('batch_size train_count val_count revive_every_steps log_every_steps save_every_steps',
-             lambda v: v >= 1, '1 or more'),
+            ('crop top_k cfg weight_decay seed', lambda v: 0 <= v < math.inf, '0 or more'),
+            ('vqvae_steps var_steps batch_size train_count val_count revive_every_steps log_every_steps '
+             'save_every_steps', lambda v: v >= 1, '1 or more'),
             ('vqvae_lr var_lr', lambda v: 0 < v < math.inf, 'above 0'),
             ('last_lr top_p', lambda v: 0 <= v <= 1, 'in [0, 1]'),
             ('preset', lambda v: v in PRESETS, ' or '.join(PRESETS)),
@@ -88,11 +87,11 @@ class TrainConfig:
 
 
 PRESETS = {
-    'shapes': dict(depth=2, adaln_gamma_init=0.1, batch_size=32, vqvae_steps=600, var_steps=1000, vqvae_lr=0.032,
-                   var_lr=0.016, cfg=2.0, top_p=0.8),
+    'shapes': dict(depth=2, adaln_gamma_init=0.1, batch_size=32, vqvae_steps=600, vqvae_lr=0.032,
+                   var_steps=1000, var_lr=0.016, cfg=2.0, top_p=0.8),
     'cifar10': dict(patch_size=2, channel_mults=(1, 2), vocab_size=1024, scales=(1, 2, 3, 4, 6, 8), depth=6,
                     adaln_gamma_init=1e-2, batch_size=256, vqvae_steps=6000, var_steps=12000, vqvae_lr=2e-3,
-                    var_lr=1e-3, flip=True, val_count=2000, save_every_steps=2000),
+                    var_lr=1e-3, flip=True, train_count=50_000, val_count=2000, save_every_steps=2000),
 }
 
 
@@ -118,8 +117,8 @@ def outline(figure: str) -> list[tuple[np.ndarray, int]]:
     }
     if figure in points:
         return [(np.asarray(points[figure]), 255)]
-    hole = {'disc': [], 'ring': [(.5 * disc, 0)], 'moon': [(.85 * disc + (.5, -.2), 0)]}
-    return [(disc, 255)] + hole[figure]
+    holes = {'disc': [], 'ring': [(.5 * disc, 0)], 'moon': [(.85 * disc + (.5, -.2), 0)]}
+    return [(disc, 255), *holes[figure]]
 
 
 def draw_shapes(count: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
@@ -160,16 +159,14 @@ CIFAR10_COUNT, CIFAR10_BYTES = 10_000, 1 + 3 * 32 * 32      # pictures a file; l
 def download_cifar10(folder: Path, url: str = CIFAR10_URL, md5: str = CIFAR10_MD5):
     """Downloads and unpacks the binary files to folder/cifar-10-batches-bin, all of them or none."""
     sample.prepare_folder(folder)
-    archive, digest = folder / 'cifar-10-binary.tar.gz.part', hashlib.md5()
+    archive = folder / 'cifar-10-binary.tar.gz.part'
     try:
         with urllib.request.urlopen(url, timeout=60) as response, open(archive, 'wb') as file:
             total = int(response.headers.get('Content-Length') or 0)
-            with tqdm(desc='CIFAR-10', total=total, unit='B', unit_scale=True) as bar:
-                while chunk := response.read(1 << 20):
-                    file.write(chunk)
-                    digest.update(chunk)
-                    bar.update(len(chunk))
-        check(digest.hexdigest() == md5, f'{url}: broken off or changed, its md5 is not {md5}; try again, or '
+            with tqdm.wrapattr(response, 'read', total=total, desc='CIFAR-10') as source:
+                shutil.copyfileobj(source, file)
+        found = hashlib.md5(archive.read_bytes()).hexdigest()
+        check(found == md5, f'{url}: broken off or changed, its md5 is {found}, not {md5}; try again, or '
               'unpack CIFAR-10 (binary version) yourself and name its folder with --data-dir')
         with tarfile.open(archive) as tar:
             tar.extractall(folder, filter='data')
@@ -207,13 +204,14 @@ class Data:
     def __init__(self, config: TrainConfig, image_size: int, device: torch.device):
         self.config, self.device = config, device
         if config.preset == 'shapes':
+            check(config.data_dir is None, '--data-dir: shapes are drawn, not read; see --preset')
             arrays = (*draw_shapes(config.train_count, config.seed, image_size),
                       *draw_shapes(config.val_count, config.seed + 2 ** 31, image_size))
             self.class_names = list(FIGURES)
         else:
             check(image_size == 32, f'--image-size {image_size}: CIFAR-10 has pictures of 32')
             arrays, self.class_names = read_cifar10(config.data_dir), CIFAR10_CLASSES
-        self.images, self.labels = arrays[0].to(device), arrays[1].to(device)
+        self.images, self.labels = (array[:config.train_count].to(device) for array in arrays[:2])
         self.val_images, self.val_labels = (array[:config.val_count].to(device) for array in arrays[2:])
         check(config.batch_size <= len(self.images), f'--batch-size {config.batch_size}: there are only '
               f'{len(self.images)} pictures to train on')
@@ -243,17 +241,16 @@ def to_float(images: Tensor) -> Tensor:
 
 def augment(images_B3HW: Tensor, flip: bool, crop: int) -> Tensor:
     """Mirrors half of the pictures, and shifts each by up to `crop` pixels, its edge continued."""
+    if not (flip or crop):
+        return images_B3HW
     B, _, H, W = images_B3HW.shape
+    device = images_B3HW.device
+    dy, dx = torch.randint(-crop, crop + 1, (2, B, 1), device=device)
+    rows, columns = dy + torch.arange(H, device=device), dx + torch.arange(W, device=device)
     if flip:
-        mirrored = torch.rand(B, 1, 1, 1, device=images_B3HW.device) < 0.5
-        images_B3HW = torch.where(mirrored, images_B3HW.flip(-1), images_B3HW)
-    if crop:
-        padded = F.pad(images_B3HW, [crop] * 4, mode='replicate')
-        dy, dx = torch.randint(2 * crop + 1, (2, B, 1), device=images_B3HW.device)
-        rows, columns = dy + torch.arange(H, device=dy.device), dx + torch.arange(W, device=dx.device)
-        b = torch.arange(B, device=dy.device)[:, None, None]
-        images_B3HW = padded[b, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
-    return images_B3HW
+        columns = torch.where(torch.rand(B, 1, device=device) < 0.5, W - 1 - columns, columns)
+    y, x = rows.clamp(0, H - 1)[:, :, None], columns.clamp(0, W - 1)[:, None, :]
+    return images_B3HW[torch.arange(B)[:, None, None], :, y, x].permute(0, 3, 1, 2).contiguous()
 
 
 # --------------------------------------------------------------------------------- what the two stages train
@@ -265,7 +262,7 @@ class TokenizerTask:
         self.run, self.model, self.config = run, model, run.config
         self.steps, self.lr = self.config.vqvae_steps, self.config.vqvae_lr
         self.scale_names = [f'{side}x{side}' for side in model.config.scales]
-        # how often each code was used since codes were last revived; part of what is saved to resume
+        # how often each code was used since the last revival; is saved to resume
         self.state = dict(hits_V=torch.zeros(model.config.vocab_size, dtype=torch.int64, device=run.device))
         model.codebook.weight.data.zero_()          # all codes are dead until step 0 puts them on data
         self.columns = ['reconstruction', 'vq', 'psnr', 'use', 'perplexity']
@@ -282,8 +279,7 @@ class TokenizerTask:
         self.state['hits_V'] += tokens_BL.flatten().bincount(minlength=self.model.config.vocab_size)
         reconstruction_loss = F.mse_loss(reconstruction, images)
         # Eq. 5's perceptual and adversarial terms belong here
-        metrics = dict(reconstruction=reconstruction_loss.detach(), vq=vq_loss.detach())
-        return reconstruction_loss + vq_loss, metrics
+        return reconstruction_loss + vq_loss, dict(reconstruction=reconstruction_loss, vq=vq_loss)
 
     @torch.no_grad()
     def validate(self) -> dict:
@@ -295,19 +291,18 @@ class TokenizerTask:
         for images, _ in self.run.data.val_batches():
             tokens.append(self.model.encode(images))
             errors.append((self.model.decode(tokens[-1]) - images).square().mean((1, 2, 3)))
-        tokens_NL = torch.cat(tokens)
-        row = dict(psnr=10 * math.log10(4 / max(1e-12, torch.cat(errors).mean().item())))
-        parts = dict(zip(self.scale_names, tokens_NL.split(self.model.scale_lengths, dim=1)))
-        for name, part in [('', tokens_NL), *((f'_{name}', part) for name, part in parts.items())]:
+        tokens_NL, row = torch.cat(tokens), dict(psnr=10 * math.log10(4 / torch.cat(errors).mean().item()))
+        names = ['', *(f'_{name}' for name in self.scale_names)]
+        for name, part in zip(names, [tokens_NL, *tokens_NL.split(self.model.scale_lengths, dim=1)]):
             share_V = part.flatten().bincount(minlength=self.model.config.vocab_size) / part.numel()
             row['use' + name] = 100 * (share_V > 0).float().mean().item()
             row['perplexity' + name] = torch.special.entr(share_V).sum().exp().item()
         return row
 
     def report(self, row: dict) -> str:
-        by_scale = [f'{n} {row["use_" + n]:.0f}% ({row["perplexity_" + n]:.0f})' for n in self.scale_names]
-        return (f'PSNR {row["psnr"]:.2f} dB, codes in use {row["use"]:.1f}% (perplexity '
-                f'{row["perplexity"]:.0f}), by scale {", ".join(by_scale)}')
+        by_scale = [f'{s} {row["use_" + s]:.0f}% ({row["perplexity_" + s]:.0f})' for s in self.scale_names]
+        return (f'PSNR {row["psnr"]:.2f} dB, codes in use {row["use"]:.1f}% '
+                f'(perplexity {row["perplexity"]:.0f}), by scale {", ".join(by_scale)}')
 
     def draw(self):
         """reconstructions.png: a row of held-out pictures over a row of what the tokenizer makes of them."""
@@ -343,7 +338,7 @@ class TransformerTask:
         loss_BL = F.cross_entropy(logits_BLV.transpose(1, 2), tokens_BL, reduction='none')
         right_BL = logits_BLV.argmax(-1) == tokens_BL
         metrics = {}
-        for metric, values_BL in dict(loss=loss_BL.detach(), accuracy=right_BL).items():
+        for metric, values_BL in dict(loss=loss_BL, accuracy=right_BL).items():
             values_L = values_BL.float().mean(0)
             metrics[metric] = values_L.mean()
             for name, values in zip(self.scale_names, values_L.split(self.tokenizer.scale_lengths)):
@@ -353,10 +348,8 @@ class TransformerTask:
     @torch.no_grad()
     def validate(self) -> dict:
         """Loss and accuracy on held-out pictures, each with its own label, in all and scale by scale."""
-        averages = Averages()
-        for images, labels in self.run.data.val_batches():
-            averages.add(self.loss(images, labels)[1], weight=len(labels))
-        return averages.take()
+        rows = [(self.loss(images, labels)[1], len(labels)) for images, labels in self.run.data.val_batches()]
+        return average(*zip(*rows))
 
     def report(self, row: dict) -> str:
         by_scale = [f'{n} {row["loss_" + n]:.2f} ({row["accuracy_" + n]:.0%})' for n in self.scale_names]
@@ -365,10 +358,10 @@ class TransformerTask:
 
     def draw(self):
         """samples.png: a column a class, at the sampling defaults."""
-        classes = self.model.config.num_classes
-        batches = sample.draw(self.tokenizer, self.model, list(range(classes)) * 8, 0, self.config.batch_size,
+        labels = list(range(self.model.config.num_classes)) * 8
+        batches = sample.draw(self.tokenizer, self.model, labels, 0, self.config.batch_size,
                               self.config.dtype, **self.sampling)
-        picture = sample.grid(torch.cat([images for images, _ in batches]), classes)
+        picture = sample.grid(torch.cat([images for images, _ in batches]), self.model.config.num_classes)
         save_picture(self.run.out / 'samples.png', picture)
 
     def save(self):
@@ -396,21 +389,10 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     return [dict(params=decayed, weight_decay=weight_decay), dict(params=undecayed, weight_decay=0.0)]
 
 
-class Averages:
-    """Means of what was added since the last take()."""
-
-    def __init__(self):
-        self.sums, self.weight = {}, 0
-
-    def add(self, values: dict, weight: int = 1):
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + weight * value
-        self.weight += weight
-
-    def take(self) -> dict[str, float]:
-        means = {name: float(value) / self.weight for name, value in self.sums.items()}
-        self.__init__()
-        return means
+def average(rows: list[dict[str, Tensor]], weights: list[int]) -> dict[str, float]:
+    """The weighted mean of each entry."""
+    return {name: float(sum(weight * row[name] for row, weight in zip(rows, weights))) / sum(weights)
+            for name in rows[0]}
 
 
 def fit(run: 'Run', task):
@@ -419,7 +401,9 @@ def fit(run: 'Run', task):
     optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), betas=(0.9, 0.95), fused=True)
     start = run.restore(task, optimizer)
     run.open_log(task, start)
-    averages, began = Averages(), time.time()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    print(f'{task.name}: {count / 1e6:.2f}M parameters, steps {start} to {task.steps}')
+    rows, began = [], time.time()
     bar = tqdm(range(start, task.steps), desc=task.name, initial=start, total=task.steps)
     for step in bar:
         torch.manual_seed(config.seed * 1_000_003 + step)
@@ -436,15 +420,15 @@ def fit(run: 'Run', task):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
         optimizer.step()
-        averages.add(metrics)
+        rows.append({name: value.detach() for name, value in metrics.items()})
 
         at_end = step + 1 == task.steps
         if at_end or (step + 1) % config.log_every_steps == 0:
-            images_per_s = averages.weight * len(images) / (time.time() - began)
-            row = averages.take()
-            run.log(step + 1, 'train', lr=lr, images_per_s=images_per_s, **row)
-            bar.set_postfix_str(f'{task.columns[0]} {row[task.columns[0]]:.3f}, {images_per_s:.0f} images/s')
-            began = time.time()
+            row, speed = average(rows, [1] * len(rows)), len(rows) * len(images) / (time.time() - began)
+            tokens_per_s = speed * sum(side * side for side in model.config.scales)
+            run.log(step + 1, 'train', lr=lr, images_per_s=speed, tokens_per_s=tokens_per_s, **row)
+            bar.set_postfix_str(f'{task.columns[0]} {row[task.columns[0]]:.3f}, {speed:.0f} images/s')
+            rows, began = [], time.time()
         if at_end or (step + 1) % config.save_every_steps == 0:
             model.eval()
             with autocast(run.device, config.dtype):
@@ -458,10 +442,11 @@ def fit(run: 'Run', task):
 
 
 class Run:
-    """The folder of a run: its settings, its data, its logs, and what is needed to resume it."""
+    """The folder of a run: its settings, data and logs, and what it needs to go on (`saved`, if it does)."""
 
-    def __init__(self, settings: dict, config: TrainConfig, out: Path, device: torch.device, data: Data):
-        self.settings, self.config, self.out, self.device, self.data = settings, config, out, device, data
+    def __init__(self, settings: dict, config: TrainConfig, out: Path, data: Data, saved: dict | None):
+        self.settings, self.config, self.out, self.data, self.saved = settings, config, out, data, saved
+        self.device = data.device
 
     def save(self, task, optimizer: torch.optim.Optimizer, step: int):
         last = self.out / 'last.pt'
@@ -473,25 +458,22 @@ class Run:
 
     def restore(self, task, optimizer: torch.optim.Optimizer) -> int:
         """Puts back what save() saved, if it was in this stage; returns the step to go on with."""
-        if not self.config.resume:
+        if self.saved is None or self.saved['stage'] != task.name:
             return 0
-        saved = read_resume(self.out)
-        if saved['stage'] != task.name:
-            return 0
-        task.model.load_state_dict(saved['model'])
-        optimizer.load_state_dict(saved['optimizer'])
-        for name, tensor in saved['state'].items():
+        task.model.load_state_dict(self.saved['model'])
+        optimizer.load_state_dict(self.saved['optimizer'])
+        for name, tensor in self.saved['state'].items():
             task.state[name].copy_(tensor)
-        return saved['step']
+        return self.saved['step']
 
     def open_log(self, task, start: int):
         """The stage's CSV: a new one, or on resuming the old one up to the step that is gone on with."""
-        path, columns = self.out / f'{task.name}.csv', ['step', 'split', 'lr', 'images_per_s', *task.columns]
-        rows = []
+        path, rows = self.out / f'{task.name}.csv', []
         if start:
             with open(path, newline='') as file:
                 rows = [row for row in csv.DictReader(file) if int(row['step']) <= start]
         self.file = open(path, 'w', newline='')
+        columns = ['step', 'split', 'lr', 'images_per_s', 'tokens_per_s', *task.columns]
         self.writer = csv.DictWriter(self.file, columns)
         self.writer.writeheader()
         self.writer.writerows(rows)
@@ -548,35 +530,29 @@ def make(config_class, settings: dict, **more):
         return config_class(**{name: value for name, value in settings.items() if name in names}, **more)
 
 
-def resolve(given: dict) -> tuple[dict, tuple[str, ...]]:
-    """The run's settings, the preset's under the given flags, and the stages to run.
-
-    On resuming, the settings are the saved run's, and only the CHANGEABLE ones can be given anew.
-    """
+def resolve(given: dict) -> tuple[dict, dict | None]:
+    """The settings of the run: the preset's under the given flags. On resuming, also what was saved, whose
+    settings hold, and only the CHANGEABLE ones can be given anew."""
     preset = given.get('preset', 'shapes')
     check(preset in PRESETS, f"--preset {preset}: must be {' or '.join(PRESETS)}")
-    settings, stage = dict(preset=preset) | PRESETS[preset] | given, None
-    if given.get('resume'):
-        saved = read_resume(Path(given.get('out', f'out/{preset}')))
-        settings, stage = saved['settings'] | given, saved['stage']
-        for name, value in given.items():
-            had = saved['settings'].get(name)
-            check(name in CHANGEABLE or had == value, f'{flag(name)} {value}: the run to resume has {had}; '
-                  'leave the flag away, or start anew in another --out')
-    stages = ('vqvae', 'var') if settings.get('stage', 'both') == 'both' else (settings['stage'],)
-    return settings, stages[1:] if stage == 'var' else stages
+    if not given.get('resume'):
+        return dict(preset=preset) | PRESETS[preset] | given, None
+    check(not given.get('overwrite'), '--resume, --overwrite: say one or the other')
+    saved = read_resume(Path(given.get('out', f'out/{preset}')))
+    for name, value in given.items():
+        had = saved['settings'].get(name)
+        check(name in CHANGEABLE or had == value, f'{flag(name)} {value}: the run to resume has {had}; leave '
+              'the flag away, or start anew in another --out')
+    return saved['settings'] | given, saved
 
 
-def claim_folder(out: Path, config: TrainConfig):
-    """Refuses to write over a run unless told to."""
+def claim_folder(out: Path, config: TrainConfig, stages: list[str]) -> list[Path]:
+    """Makes the folder of a run. Refuses one that holds a run, or returns which files are to be replaced."""
     sample.prepare_folder(out)
-    stages = ('vqvae', 'var') if config.stage == 'both' else (config.stage,)
     held = [path for stage in stages for path in (out / f'{stage}.csv', out / f'{stage}.pt') if path.exists()]
     check(not held or config.resume or config.overwrite, f'--out {out}: already holds a run; --resume goes '
           'on with it, --overwrite replaces it, or choose another --out')
-    if config.overwrite:
-        for path in held + [out / 'last.pt', out / 'previous.pt']:
-            path.unlink(missing_ok=True)
+    return [*held, out / 'last.pt', out / 'previous.pt'] if config.overwrite else []
 
 
 def load_tokenizer(path: Path, settings: dict, given: dict) -> VQVAE:
@@ -593,39 +569,39 @@ def load_tokenizer(path: Path, settings: dict, given: dict) -> VQVAE:
 def main(argv: list[str]):
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(build_parser().parse_args(argv)).items()}
-    settings, stages = resolve(given)
+    settings, saved = resolve(given)
     config = make(TrainConfig, settings)
-    out, device = Path(config.out or f'out/{config.preset}'), choose_device(config.device)
     make(VARConfig, settings, num_classes=1)                        # is it possible? its classes come later
     check(config.tokenizer is None or config.stage == 'var', '--tokenizer: goes with --stage var')
+    stages = dict(both=['vqvae', 'var']).get(config.stage, [config.stage])
+    if saved and saved['stage'] == 'var':                           # stage 1 is done
+        stages = ['var']
+    out, device = Path(config.out or f'out/{config.preset}'), choose_device(config.device)
     torch.manual_seed(config.seed)
     if 'vqvae' in stages:
         tokenizer = VQVAE(make(VQVAEConfig, settings))
     else:
         tokenizer = load_tokenizer(Path(config.tokenizer or out / 'vqvae.pt'), settings, given)
     tokenizer.to(device)
-    claim_folder(out, config)
-
+    replaced = claim_folder(out, config, stages)
     shape, began = tokenizer.config, time.time()
     data = Data(config, shape.image_size, device)
-    run = Run(settings, config, out, device, data)
+    for path in replaced:
+        path.unlink(missing_ok=True)
+
+    kept = {name: value for name, value in settings.items() if name not in ('out', 'resume', 'overwrite')}
+    run = Run(kept, config, out, data, saved)
     print(f'{config.preset}: {len(data.images):,} pictures of {shape.image_size}x{shape.image_size}, '
           f'{sum(tokenizer.scale_lengths)} tokens each, scales {shape.scales}, on {device}')
     if 'vqvae' in stages:
-        print(f'stage 1: tokenizer, {count_parameters(tokenizer)} parameters')
         fit(run, TokenizerTask(run, tokenizer))
         tokenizer.requires_grad_(False)
     if 'var' in stages:
         torch.manual_seed(config.seed)                  # as if stage 2 were trained alone
         fixed = {name: getattr(shape, name) for name in ('vocab_size', 'z_channels', 'scales')}
         var = VAR(make(VARConfig, settings | fixed, num_classes=len(data.class_names))).to(device)
-        print(f'stage 2: transformer of depth {var.config.depth}, {count_parameters(var)} parameters')
         fit(run, TransformerTask(run, var, tokenizer))
     print(f'done in {time.time() - began:.0f} s; look at {out}/reconstructions.png, then {out}/samples.png')
-
-
-def count_parameters(model: torch.nn.Module) -> str:
-    return f'{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.2f}M'
 
 
 if __name__ == '__main__':

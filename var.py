@@ -14,7 +14,6 @@ Shapes stand in the names of tensors:
 
     B batch   D width of the transformer   C latent channels of the tokenizer   V vocabulary   K scales
     H, W latent size at the finest scale   h, w size at the current scale   L tokens of all scales, l of one
-    (of images, 3HW is the size in pixels)
 
 What stands where in the sequence, for scales 1, 2, 3 (14 targets, from a start token and 13 inputs):
 
@@ -44,7 +43,7 @@ class VARConfig:
     num_classes: int = 1000                                             # label num_classes is the null class
     vocab_size: int = 4096                                              # V
     z_channels: int = 32                                                # C
-    scales: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)       # side of each token map, coarse to fine
+    scales: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)       # sides of the maps, coarse to fine
     unit_norm: bool = True                      # queries and keys of length 1 with a learned scale a head
     shared_adaln: bool = False                  # one AdaLN projection for all blocks (released for depth 36)
     label_dropout: float = 0.1                  # share of labels that training replaces by the null class
@@ -89,8 +88,8 @@ class Attention(nn.Module):
         scale = 1 / math.sqrt(HEAD_WIDTH)       # without unit norm the released code takes a quarter of this
         if self.unit_norm:
             scale, head_scale = 1.0, self.log_scale.clamp_max(math.log(MAX_ATTENTION_SCALE)).exp()
-            q = (q * (head_scale / vector_length(q))).to(v.dtype)
-            k = (k * (1 / vector_length(k))).to(v.dtype)
+            q, k = ((x * (factor / x.float().norm(dim=-1, keepdim=True).clamp_min(1e-12))).to(v.dtype)
+                    for x, factor in ((q, head_scale), (k, 1.0)))
         if cache is not None:
             end = start + x_BlD.shape[1]
             cache[0, :, :, start:end], cache[1, :, :, start:end] = k, v
@@ -99,13 +98,8 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
-def vector_length(x: Tensor) -> Tensor:
-    """Euclidean length over the last dimension, float32, never 0."""
-    return x.float().norm(dim=-1, keepdim=True).clamp_min(1e-12)
-
-
 class Block(nn.Module):
-    """GPT-2's block, with the class steering both norms (scale, shift) and both outputs (gamma): AdaLN."""
+    """GPT-2's block; AdaLN: the class steers both norms (scale, shift) and both outputs (gamma)."""
 
     def __init__(self, config: VARConfig, drop_rate: float):
         super().__init__()
@@ -155,16 +149,15 @@ class VAR(nn.Module):
         self.scale_embedding = nn.Embedding(K, D)                       # which scale a token belongs to
         if config.shared_adaln:
             self.shared_adaln = nn.Linear(D, 6 * D)
-        last_rate = 0.1 * depth / 24 if config.stochastic_depth is None else config.stochastic_depth
-        self.blocks = nn.ModuleList(Block(config, last_rate * i / max(1, depth - 1)) for i in range(depth))
+        drop_rate = 0.1 * depth / 24 if config.stochastic_depth is None else config.stochastic_depth
+        self.blocks = nn.ModuleList(Block(config, drop_rate * i / max(1, depth - 1)) for i in range(depth))
         self.head_adaln = nn.Linear(D, 2 * D)
         self.head = nn.Linear(D, config.vocab_size)
 
-        scale_of_token_L = torch.cat([torch.full((side * side,), k) for k, side in enumerate(config.scales)])
-        self.register_buffer('scale_of_token_L', scale_of_token_L, persistent=False)
+        scale_L = torch.cat([torch.full((side * side,), k) for k, side in enumerate(config.scales)])
+        self.register_buffer('scale_of_token_L', scale_L, persistent=False)
         # block-causal: True where the row's token may see the column's, in all scales up to its own
-        mask_LL = scale_of_token_L[:, None] >= scale_of_token_L[None, :]
-        self.register_buffer('mask_LL', mask_LL, persistent=False)
+        self.register_buffer('mask_LL', scale_L[:, None] >= scale_L[None, :], persistent=False)
         self.init_weights()
 
     def init_weights(self):
@@ -189,12 +182,10 @@ class VAR(nn.Module):
                 table_6[:2].mul_(self.config.adaln_gamma_init)          # gamma1, gamma2
                 table_6[2:].mul_(0.5)                                   # scale1, scale2, shift1, shift2
 
-    # --- the two ends of the transformer, shared by training and sampling
+    # --- shared by training and sampling
     def positions(self) -> Tensor:
-        return self.position + self.scale_embedding(self.scale_of_token_L)              # (1, L, D)
-
-    def start_token(self, class_BD: Tensor) -> Tensor:
-        return class_BD[:, None] + self.start_position                                  # (B, 1, D)
+        """Where each place stands, in its map and among the scales: (1, L, D)."""
+        return self.position + self.scale_embedding(self.scale_of_token_L)
 
     def transform(self, x_BlD: Tensor, class_BD: Tensor, mask_ll=None, caches=None, start=0) -> Tensor:
         """Blocks and head: (B, l, D) -> logits (B, l, V), float32 under any autocast."""
@@ -218,8 +209,9 @@ class VAR(nn.Module):
             dropped_B = torch.rand(labels_B.shape, device=labels_B.device) < self.config.label_dropout
             labels_B = labels_B.masked_fill(dropped_B, self.config.num_classes)
         class_BD = self.class_embedding(labels_B)
-        x_BLD = torch.cat([self.start_token(class_BD), self.word_embedding(inputs_BLC).float()], dim=1)
-        return self.transform(x_BLD + self.positions(), class_BD, self.mask_LL)
+        start_B1D, next_BLD = class_BD[:, None] + self.start_position, self.word_embedding(inputs_BLC).float()
+        x_BLD = torch.cat([start_B1D, next_BLD], dim=1) + self.positions()
+        return self.transform(x_BLD, class_BD, self.mask_LL)
 
     # --- sampling
     @torch.no_grad()
@@ -240,11 +232,10 @@ class VAR(nn.Module):
         class_2BD = self.class_embedding(torch.cat([labels_B, null_B]))
         positions_1LD = self.positions()
         # keys and values of all blocks and scales: allocated once, in the type that attention computes in
-        device = class_2BD.device.type
+        device, depth = class_2BD.device.type, self.config.depth
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else class_2BD.dtype
-        depth, L = self.config.depth, self.config.length
-        caches = class_2BD.new_empty((depth, 2, 2 * B, depth, L, HEAD_WIDTH), dtype=dtype)
-        x_2BlD = self.start_token(class_2BD) + positions_1LD[:, :1]
+        caches = class_2BD.new_empty((depth, 2, 2 * B, depth, self.config.length, HEAD_WIDTH), dtype=dtype)
+        x_2BlD = class_2BD[:, None] + self.start_position + positions_1LD[:, :1]
         tokens, f_hat, start = [], 0.0, 0
         for k, side in enumerate(self.config.scales):
             end = start + side * side
@@ -268,14 +259,13 @@ class VAR(nn.Module):
 
         Raises ValueError with the first key that is missing, superfluous or of another shape.
         """
-        for key in ('word_embed.weight', 'class_emb.weight', 'head.weight'):
-            if key not in state_dict:
-                raise ValueError(f'not a released VAR transformer: {key} is missing')
-        width, z_channels = state_dict['word_embed.weight'].shape
-        model = cls(VARConfig(
-            depth=width // HEAD_WIDTH, num_classes=len(state_dict['class_emb.weight']) - 1,
-            vocab_size=len(state_dict['head.weight']), z_channels=z_channels, scales=tuple(scales),
-            shared_adaln='shared_ada_lin.1.weight' in state_dict))
+        try:
+            width, z_channels = state_dict['word_embed.weight'].shape
+            num_classes, vocab_size = len(state_dict['class_emb.weight']) - 1, len(state_dict['head.weight'])
+        except KeyError as error:
+            raise ValueError(f'not a released VAR transformer: {error} is missing') from None
+        model = cls(VARConfig(width // HEAD_WIDTH, num_classes, vocab_size, z_channels, tuple(scales),
+                              shared_adaln='shared_ada_lin.1.weight' in state_dict))
         left = {key: weight for key, weight in state_dict.items() if not key.endswith(OFFICIAL_BUFFERS)}
         ours = model.state_dict()
         for name, weight in ours.items():

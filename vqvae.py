@@ -36,7 +36,7 @@ COMMITMENT = 0.25       # weight of the pull on the encoder towards the codes, b
 class VQVAEConfig:
     """Everything that fixes the tokenizer's shape. An impossible value raises ValueError, 'field=value: why'.
 
-    The stride, pixels per latent, is patch_size * 2 ** (len(channel_mults) - 1). The released tokenizer is
+    The released tokenizer is
     VQVAEConfig(256, 1, 160, (1, 1, 2, 2, 4), 2, True, 32, 4096, (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)).
     """
     image_size: int = 32                        # pixels, height and width
@@ -51,6 +51,7 @@ class VQVAEConfig:
 
     @property
     def stride(self) -> int:
+        """Pixels a latent, in height and width."""
         return self.patch_size * 2 ** (len(self.channel_mults) - 1)
 
     def __post_init__(self):
@@ -318,18 +319,18 @@ class VQVAE(nn.Module):
 
         Raises ValueError with the first key that is missing, superfluous or of another shape.
         """
-        for key in ('encoder.conv_in.weight', 'quant_conv.weight', 'quantize.embedding.weight'):
-            if key not in state_dict:
-                raise ValueError(f'not a released VAR tokenizer: {key} is missing')
-        channels = len(state_dict['encoder.conv_in.weight'])
+        try:
+            channels = len(state_dict['encoder.conv_in.weight'])
+            vocab_size, z_channels = state_dict['quantize.embedding.weight'].shape
+        except KeyError as error:
+            raise ValueError(f'not a released VAR tokenizer: {error} is missing') from None
         mults = {(int(m[1]), int(m[2])): len(weight) // channels for key, weight in state_dict.items()
                  if (m := re.fullmatch(r'encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.weight', key))}
         levels, res_blocks = (1 + max(numbers) for numbers in zip(*mults, (0, 0), strict=True))
         model = cls(VQVAEConfig(
             image_size=scales[-1] * 2 ** (levels - 1), patch_size=1, channels=channels,
             channel_mults=tuple(mults.get((level, 0), 1) for level in range(levels)), res_blocks=res_blocks,
-            attention=True, z_channels=len(state_dict['quant_conv.weight']),
-            vocab_size=len(state_dict['quantize.embedding.weight']), scales=tuple(scales)))
+            attention=True, z_channels=z_channels, vocab_size=vocab_size, scales=tuple(scales)))
         left = {key: weight for key, weight in state_dict.items() if key != 'quantize.ema_vocab_hit_SV'}
         ours = model.state_dict()
         for name, weight in ours.items():

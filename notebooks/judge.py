@@ -57,7 +57,8 @@ def main(argv: list[str]):
     check(Path(path).is_file(), f'{path}: no such file; sample.py --npz {path} writes one')
     try:
         arrays = np.load(path)
-        images, labels = torch.from_numpy(arrays['arr_0']).permute(0, 3, 1, 2), torch.from_numpy(arrays['labels'])
+        images = torch.from_numpy(arrays['arr_0']).permute(0, 3, 1, 2)
+        labels = torch.from_numpy(arrays['labels'])
     except Exception as error:                                             # np.load fails in many ways
         check(False, f'{path}: not what sample.py --npz writes ({type(error).__name__})')
     check(images.shape[1:] == (3, 32, 32) and labels.max() < len(FIGURES),
