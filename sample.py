@@ -193,7 +193,7 @@ def noise_of_pictures(seed: int, first: int, count: int, length: int) -> Tensor:
 
 
 def draw(tokenizer: VQVAE, var: VAR, labels: list[int], seed: int, batch_size: int, dtype='auto', **sampling):
-    """Yields (images, tokens_BL) batch by batch: images in [-1, 1], one a label, on the CPU."""
+    """Yields (images, tokens_BL) batch by batch: images in [-1, 1], one per label, on the CPU."""
     device = var.position.device
     for first in range(0, len(labels), batch_size):
         labels_B = torch.tensor(labels[first:first + batch_size], device=device)
@@ -240,14 +240,14 @@ def build_parser() -> Parser:
     parser = Parser(prog='sample.py', description=__doc__)
     parser.add_argument('checkpoint', help='a var.pt that train.py wrote')
     parser.add_argument('--labels', nargs='+', help='classes by number or name; absent: every class')
-    parser.add_argument('--count', type=int, help='pictures in all, the labels go round; absent: one a label')
+    parser.add_argument('--count', type=int, help='pictures in all, labels go round; absent: one per label')
     parser.add_argument('--cfg', type=float, help="guidance at the last scale; absent: the checkpoint's")
     parser.add_argument('--top-k', type=int, help="keep the k likeliest tokens, 0 all; likewise")
     parser.add_argument('--top-p', type=float, help='keep the likeliest up to this mass, 0 or 1 all')
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--out', help='the picture to write; absent: samples.png, or none with --npz')
     parser.add_argument('--npz', help='write arr_0 (N, H, W, 3) uint8 and labels (N) to this file')
-    parser.add_argument('--show-scales', action='store_true', help='a row a picture, scale by scale')
+    parser.add_argument('--show-scales', action='store_true', help='one row per picture, scale by scale')
     parser.add_argument('--batch-size', type=int, default=50)
     parser.add_argument('--device', default='auto')
     parser.add_argument('--dtype', choices=['auto', 'float32', 'bfloat16'], default='auto')

@@ -57,7 +57,7 @@ class TrainConfig:
     batch_size: int = 64                # pictures a step, in both stages
     vqvae_lr: float = 4e-3              # peak learning rate of stage 1 per 256 pictures of batch
     var_lr: float = 4e-3                # peak learning rate of stage 2 per 256 pictures of batch
-    last_lr: float = 0.01               # learning rate of the last step, of the peak
+    last_lr: float = 0.01               # learning rate of the last step as a share of the peak
     weight_decay: float = 0.05
     revive_every_steps: int = 20        # how often stage 1 looks for dead codes, in its first three quarters
     flip: bool = False                  # mirror half of the training pictures
@@ -86,7 +86,7 @@ class TrainConfig:
                     raise ValueError(f'{name}={getattr(self, name)}: must be {wanted}')
 
 
-PRESETS = {
+PRESETS = {                             # learning rates are per 256 pictures: 0.032 is 0.004 at a batch of 32
     'shapes': dict(depth=2, adaln_gamma_init=0.1, batch_size=32, vqvae_steps=600, vqvae_lr=0.032,
                    var_steps=1000, var_lr=0.016, cfg=2.0, top_p=0.8),
     'cifar10': dict(patch_size=2, channel_mults=(1, 2), vocab_size=1024, scales=(1, 2, 3, 4, 6, 8), depth=6,
@@ -262,14 +262,14 @@ class TokenizerTask:
         self.run, self.model, self.config = run, model, run.config
         self.steps, self.lr = self.config.vqvae_steps, self.config.vqvae_lr
         self.scale_names = [f'{side}x{side}' for side in model.config.scales]
-        # how often each code was used since the last revival; is saved to resume
+        # a code is dead that no token used since the last revival; saved to resume
         self.state = dict(hits_V=torch.zeros(model.config.vocab_size, dtype=torch.int64, device=run.device))
         model.codebook.weight.data.zero_()          # all codes are dead until step 0 puts them on data
         self.columns = ['reconstruction', 'vq', 'psnr', 'use', 'perplexity']
         self.columns += [f'{metric}_{name}' for metric in ('use', 'perplexity') for name in self.scale_names]
 
     def before_step(self, step: int, images: Tensor):
-        """Dead codes are put on data: all of them at the start, later those that nothing used for a while."""
+        """Replaces dead codes: all at step 0, none in the last quarter, so that the codebook can settle."""
         if step % self.config.revive_every_steps == 0 and step <= 0.75 * self.steps:
             self.model.revive_codes(self.state['hits_V'] == 0, images)
             self.state['hits_V'].zero_()
@@ -371,7 +371,7 @@ class TransformerTask:
 
 # --------------------------------------------------------------------------------------------- training loop
 def learning_rate(step: int, steps: int, last: float) -> float:
-    """Released schedule, of the peak: 1/50 of the steps up from 0.005, then 5% flat, then down to `last`."""
+    """Released schedule, over the peak: up from 0.005 for 1/50 of the steps, 5% flat, down to `last`."""
     warmup = steps / 50
     if step < warmup:
         return 0.005 + 0.995 * step / warmup
@@ -467,7 +467,7 @@ class Run:
         return self.saved['step']
 
     def open_log(self, task, start: int):
-        """The stage's CSV: a new one, or on resuming the old one up to the step that is gone on with."""
+        """The stage's CSV: a new one, or on resuming the old one up to the step resumed from."""
         path, rows = self.out / f'{task.name}.csv', []
         if start:
             with open(path, newline='') as file:
@@ -571,7 +571,7 @@ def main(argv: list[str]):
              for name, value in vars(build_parser().parse_args(argv)).items()}
     settings, saved = resolve(given)
     config = make(TrainConfig, settings)
-    make(VARConfig, settings, num_classes=1)                        # is it possible? its classes come later
+    make(VARConfig, settings, num_classes=1)        # complains early; the real number is read off the data
     check(config.tokenizer is None or config.stage == 'var', '--tokenizer: goes with --stage var')
     stages = dict(both=['vqvae', 'var']).get(config.stage, [config.stage])
     if saved and saved['stage'] == 'var':                           # stage 1 is done

@@ -8,18 +8,19 @@ arXiv 2404.02905), r_k being the (h_k, w_k) tokens of scale k:
 
     model = VAR(VARConfig())
     logits_BLV = model(labels_B, tokenizer.teacher_inputs(tokens_BL))       # training: all scales in one pass
-    images_B3HW = model.generate(tokenizer, labels_B, cfg=1.5)              # sampling: scale after scale
+    images_B3HW = model.eval().generate(tokenizer, labels_B, cfg=1.5)       # sampling: scale after scale
+
+What stands where in the sequence, for scales 1, 2, 3: 14 targets, from a start token and 13 inputs. A place
+sees the inputs of all scales up to its own, which hold nothing of what it predicts:
+
+    input      start token   f_hat after scale 1, shrunk to 2x2   f_hat after scale 2, shrunk to 3x3
+    predicts   r_1           r_2, 4 tokens at once                r_3, 9 tokens at once
 
 Shapes stand in the names of tensors:
 
     B batch   D width of the transformer   C latent channels of the tokenizer   V vocabulary   K scales
     H, W latent size at the finest scale   h, w size at the current scale   L tokens of all scales, l of one
-
-What stands where in the sequence, for scales 1, 2, 3 (14 targets, from a start token and 13 inputs):
-
-    input      start    f_hat after scale 1,      f_hat after scale 2,      every place sees the places of
-               token    shrunk to 2x2             shrunk to 3x3             all scales up to its own
-    predicts   r_1      r_2, 4 tokens at once     r_3, 9 tokens at once
+    (of images, 3HW is the size in pixels)
 """
 import math
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 HEAD_WIDTH = 64
-MAX_ATTENTION_SCALE = 100.0       # of unit-normalised attention; it starts at 4
+MAX_SHARPNESS = 100.0             # of cosine attention, see Attention; it starts at 4
 OFFICIAL_BUFFERS = ('lvl_1L', 'attn_bias_for_masking', 'zero_k_bias')     # in released files, but no weights
 
 
@@ -44,11 +45,11 @@ class VARConfig:
     vocab_size: int = 4096                                              # V
     z_channels: int = 32                                                # C
     scales: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)       # sides of the maps, coarse to fine
-    unit_norm: bool = True                      # queries and keys of length 1 with a learned scale a head
+    unit_norm: bool = True                      # cosine attention: queries and keys of length 1
     shared_adaln: bool = False                  # one AdaLN projection for all blocks (released for depth 36)
     label_dropout: float = 0.1                  # share of labels that training replaces by the null class
     stochastic_depth: float | None = None       # chance to skip the last block; None: 0.1 * depth / 24
-    adaln_gamma_init: float = 1e-5              # the blocks' gates (gamma) at the start, times
+    adaln_gamma_init: float = 1e-5              # factor on the initial weights of the gates, gamma in Block
 
     @property
     def width(self) -> int:
@@ -87,15 +88,19 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                            # (B, heads, l, 64) each
         scale = 1 / math.sqrt(HEAD_WIDTH)       # without unit norm the released code takes a quarter of this
         if self.unit_norm:
-            scale, head_scale = 1.0, self.log_scale.clamp_max(math.log(MAX_ATTENTION_SCALE)).exp()
-            q, k = ((x * (factor / x.float().norm(dim=-1, keepdim=True).clamp_min(1e-12))).to(v.dtype)
-                    for x, factor in ((q, head_scale), (k, 1.0)))
+            scale, sharpness = 1.0, self.log_scale.clamp_max(math.log(MAX_SHARPNESS)).exp()    # one per head
+            q, k = (unit(q) * sharpness).to(v.dtype), unit(k).to(v.dtype)       # q . k = sharpness * cosine
         if cache is not None:
             end = start + x_BlD.shape[1]
             cache[0, :, :, start:end], cache[1, :, :, start:end] = k, v
             k, v = cache[:, :, :, :end]
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_ll, scale=scale)
         return self.proj(x.transpose(1, 2).flatten(2))
+
+
+def unit(x: Tensor) -> Tensor:
+    """Each vector of the last dimension, at length 1, float32."""
+    return x * x.float().norm(dim=-1, keepdim=True).clamp_min(1e-12).reciprocal()
 
 
 class Block(nn.Module):
@@ -143,7 +148,7 @@ class VAR(nn.Module):
         self.config = config
         D, L, K, depth = config.width, config.length, len(config.scales), config.depth
         self.class_embedding = nn.Embedding(config.num_classes + 1, D)
-        self.start_position = nn.Parameter(torch.empty(1, 1, D))        # of the start token
+        self.start_position = nn.Parameter(torch.empty(1, 1, D))        # as released, on top of position 0
         self.word_embedding = nn.Linear(config.z_channels, D)
         self.position = nn.Parameter(torch.empty(1, L, D))
         self.scale_embedding = nn.Embedding(K, D)                       # which scale a token belongs to
@@ -156,7 +161,7 @@ class VAR(nn.Module):
 
         scale_L = torch.cat([torch.full((side * side,), k) for k, side in enumerate(config.scales)])
         self.register_buffer('scale_of_token_L', scale_L, persistent=False)
-        # block-causal: True where the row's token may see the column's, in all scales up to its own
+        # block-causal: True where the row's place sees the column's, in all scales up to its own
         self.register_buffer('mask_LL', scale_L[:, None] >= scale_L[None, :], persistent=False)
         self.init_weights()
 
@@ -200,7 +205,7 @@ class VAR(nn.Module):
 
     # --- training
     def forward(self, labels_B: Tensor, inputs_BLC: Tensor) -> Tensor:
-        """Labels in [0, num_classes], tokenizer.teacher_inputs(tokens) (B, L - 1, C) -> logits_BLV, float32.
+        """Labels in [0, num_classes], the L - 1 tokenizer.teacher_inputs(tokens) -> logits_BLV, float32.
 
         In training mode some labels are replaced by the null class, so that one model learns both
         distributions that guidance mixes. (The released code drops labels in validation too.)
@@ -209,46 +214,45 @@ class VAR(nn.Module):
             dropped_B = torch.rand(labels_B.shape, device=labels_B.device) < self.config.label_dropout
             labels_B = labels_B.masked_fill(dropped_B, self.config.num_classes)
         class_BD = self.class_embedding(labels_B)
-        start_B1D, next_BLD = class_BD[:, None] + self.start_position, self.word_embedding(inputs_BLC).float()
-        x_BLD = torch.cat([start_B1D, next_BLD], dim=1) + self.positions()
-        return self.transform(x_BLD, class_BD, self.mask_LL)
+        start_B1D = class_BD[:, None] + self.start_position
+        x_BLD = torch.cat([start_B1D, self.word_embedding(inputs_BLC).float()], dim=1)
+        return self.transform(x_BLD + self.positions(), class_BD, self.mask_LL)
 
     # --- sampling
     @torch.no_grad()
     def generate(self, tokenizer, labels_B: Tensor, cfg: float = 1.5, top_k: int = 900, top_p: float = 0.96,
                  noise_BL: Tensor | None = None, return_tokens: bool = False):
-        """Draws one image a label: (B, 3, H, W) in [-1, 1], with return_tokens=True also tokens_BL.
+        """Draws one image per label: (B, 3, image_size, image_size) in [-1, 1]; return_tokens adds tokens_BL.
 
         cfg: strength of classifier-free guidance at the last scale; it rises from 0 at the first, as
-        released, and 1.5 means 2.5 in the usual convention. top_k, top_p: see `draw`; the defaults are the
-        released code's for FID (paper: top-k 600). noise_BL: a number in [0, 1) a token; None draws it from
-        torch's default generator. Call eval() first, as for any model that isn't to be trained.
+        released. (Where guidance is written as uncond + s * (cond - uncond), s is 1 + cfg.) top_k, top_p: see
+        `draw_tokens`; the defaults are the released code's for FID (paper: top-k 600). noise_BL: one uniform
+        number in [0, 1) per token, which alone decides what is drawn; None: from torch's default generator.
         """
-        B, K = len(labels_B), len(self.config.scales)
+        B, K, L, depth = len(labels_B), len(self.config.scales), self.config.length, self.config.depth
+        lengths = [side * side for side in self.config.scales]
         if noise_BL is None:
-            noise_BL = torch.rand(B, self.config.length, device=labels_B.device)
+            noise_BL = torch.rand(B, L, device=labels_B.device)
         # guidance: the first half of the batch asks for the class, the second half for none in particular
         null_B = torch.full_like(labels_B, self.config.num_classes)
         class_2BD = self.class_embedding(torch.cat([labels_B, null_B]))
-        positions_1LD = self.positions()
-        # keys and values of all blocks and scales: allocated once, in the type that attention computes in
-        device, depth = class_2BD.device.type, self.config.depth
+        # allocated once for all scales: blocks, key or value, 2B, heads, L, 64; in the type of attention
+        device = class_2BD.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else class_2BD.dtype
-        caches = class_2BD.new_empty((depth, 2, 2 * B, depth, self.config.length, HEAD_WIDTH), dtype=dtype)
-        x_2BlD = class_2BD[:, None] + self.start_position + positions_1LD[:, :1]
-        tokens, f_hat, start = [], 0.0, 0
-        for k, side in enumerate(self.config.scales):
-            end = start + side * side
-            conditional, unconditional = self.transform(x_2BlD, class_2BD, None, caches, start).chunk(2)
+        caches = class_2BD.new_empty((depth, 2, 2 * B, depth, L, HEAD_WIDTH), dtype=dtype)
+        positions = self.positions().split(lengths, dim=1)
+        x_2BlD = class_2BD[:, None] + self.start_position + positions[0]
+        tokens, f_hat = [], 0.0
+        for k, noise_Bl in enumerate(noise_BL.split(lengths, dim=1)):
+            # no mask: the cache ends with scale k, within which all places see each other
+            logits_2BlV = self.transform(x_2BlD, class_2BD, None, caches, start=sum(lengths[:k]))
+            conditional, unconditional = logits_2BlV.chunk(2)
             t = cfg * k / (K - 1)
-            logits_BlV = (1 + t) * conditional - t * unconditional
-            tokens.append(draw(logits_BlV, noise_BL[:, start:end], top_k, top_p))
+            tokens.append(draw_tokens((1 + t) * conditional - t * unconditional, noise_Bl, top_k, top_p))
             f_hat = f_hat + tokenizer.contribution(tokens[-1], k)
             if k < K - 1:
-                x_BlD = self.word_embedding(tokenizer.next_input(f_hat, k)).float()
-                x_BlD = x_BlD + positions_1LD[:, end:end + x_BlD.shape[1]]
+                x_BlD = self.word_embedding(tokenizer.next_input(f_hat, k)).float() + positions[k + 1]
                 x_2BlD = torch.cat([x_BlD, x_BlD])
-            start = end
         images = tokenizer.decode_f_hat(f_hat).clamp(-1, 1)
         return (images, torch.cat(tokens, dim=1)) if return_tokens else images
 
@@ -266,17 +270,14 @@ class VAR(nn.Module):
             raise ValueError(f'not a released VAR transformer: {error} is missing') from None
         model = cls(VARConfig(width // HEAD_WIDTH, num_classes, vocab_size, z_channels, tuple(scales),
                               shared_adaln='shared_ada_lin.1.weight' in state_dict))
-        left = {key: weight for key, weight in state_dict.items() if not key.endswith(OFFICIAL_BUFFERS)}
         ours = model.state_dict()
-        for name, weight in ours.items():
-            key = official_name(name)
-            if key not in left or left[key].shape != weight.shape:
-                found = f'has shape {tuple(left[key].shape)}' if key in left else 'is missing'
-                raise ValueError(f'{key} {found}, expected {tuple(weight.shape)}')
-            ours[name] = left.pop(key)
-        if left:
-            raise ValueError(f'{next(iter(left))} is not a weight of a VAR of depth {model.config.depth}')
-        model.load_state_dict(ours)
+        names = {official_name(name): name for name in ours}
+        for key in [*names, *(key for key in state_dict if not key.endswith(OFFICIAL_BUFFERS))]:
+            found = tuple(state_dict[key].shape) if key in state_dict else 'missing'
+            expected = tuple(ours[names[key]].shape) if key in names else 'no such weight'
+            if found != expected:
+                raise ValueError(f'{key}: {found}, expected {expected}')
+        model.load_state_dict({name: state_dict[key] for key, name in names.items()})
         return model
 
 
@@ -292,18 +293,17 @@ def official_name(name: str) -> str:
     return 'pos_1LC' if name == 'position' else name
 
 
-def draw(logits_BlV: Tensor, noise_Bl: Tensor, top_k: int, top_p: float) -> Tensor:
+def draw_tokens(logits_BlV: Tensor, noise_Bl: Tensor, top_k: int, top_p: float) -> Tensor:
     """Draws a token at every position: (B, l) int64.
 
-    Of the top_k likeliest tokens (0, or V and more: all), the likeliest are kept whose mass just reaches
-    top_p (0 or 1: all). Their cumulative distribution is inverted at noise_Bl, numbers in [0, 1).
+    Of the top_k likeliest tokens (0, or V and more: all), those are kept that it takes to reach a mass of
+    top_p (0 or 1: all). The first whose cumulative mass exceeds noise * kept mass is drawn (inverse CDF).
     """
     V = logits_BlV.shape[-1]
-    logits_Blk, tokens_Blk = logits_BlV.topk(min(top_k or V, V), dim=-1)
+    logits_Blk, tokens_Blk = logits_BlV.topk(min(top_k or V, V), dim=-1)        # likeliest first
     probs_Blk = logits_Blk.softmax(-1)
-    cumulative_Blk = probs_Blk.cumsum(-1)
-    before_Blk = cumulative_Blk - probs_Blk                     # mass of the likelier ones: short of top_p?
-    kept = (before_Blk < (top_p if 0 < top_p < 1 else math.inf)).sum(-1, keepdim=True)
-    mass = cumulative_Blk.gather(-1, kept - 1)
-    drawn = torch.searchsorted(cumulative_Blk, noise_Bl[..., None] * mass, right=True)
-    return tokens_Blk.gather(-1, drawn.clamp(max=kept - 1))[..., 0]
+    mass_Blk = probs_Blk.cumsum(-1)
+    needed = mass_Blk - probs_Blk < (top_p if 0 < top_p < 1 else math.inf)      # the likelier ones fall short
+    last_kept = needed.sum(-1, keepdim=True) - 1
+    drawn = torch.searchsorted(mass_Blk, noise_Bl[..., None] * mass_Blk.gather(-1, last_kept), right=True)
+    return tokens_Blk.gather(-1, drawn.clamp(max=last_kept))[..., 0]

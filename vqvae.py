@@ -14,7 +14,8 @@ Shapes stand in the names of tensors:
     H, W latent size at the finest scale   h, w size at the current scale   L tokens of all scales, l of one
     (of images, 3HW is the size in pixels)
 
-tokens_BL is one int64 tensor: scale after scale, coarse to fine, row by row within a scale.
+tokens_BL is one int64 tensor: scale after scale, coarse to fine, row by row within a scale. Prose counts
+scales from 1 to K, code counts k from 0.
 
 Implements Algorithm 1 (encode), Algorithm 2 (decode) and Equation 5 (its vq part) of "Visual Autoregressive
 Modeling" (Tian et al., arXiv 2404.02905). Where paper and released code differ, a comment says so.
@@ -40,10 +41,10 @@ class VQVAEConfig:
     VQVAEConfig(256, 1, 160, (1, 1, 2, 2, 4), 2, True, 32, 4096, (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)).
     """
     image_size: int = 32                        # pixels, height and width
-    patch_size: int = 4                         # pixels a side, folded into channels before the first layer
+    patch_size: int = 4                         # squares of so many pixels a side become channels at first
     channels: int = 64                          # channels of the first level
-    channel_mults: tuple[int, ...] = (1,)       # channels of a level, times; the size halves between levels
-    res_blocks: int = 1                         # residual blocks a level; the decoder has one more
+    channel_mults: tuple[int, ...] = (1,)       # multiplies `channels` at each level; sizes halve in between
+    res_blocks: int = 1                         # residual blocks per level; the decoder has one more
     attention: bool = False                     # self-attention at the coarsest level, as released
     z_channels: int = 16                        # C
     vocab_size: int = 256                       # V
@@ -51,7 +52,7 @@ class VQVAEConfig:
 
     @property
     def stride(self) -> int:
-        """Pixels a latent, in height and width."""
+        """Pixels per latent, in height and width."""
         return self.patch_size * 2 ** (len(self.channel_mults) - 1)
 
     def __post_init__(self):
@@ -72,7 +73,7 @@ class VQVAEConfig:
 def phi_of_scale(k: int, K: int) -> int:
     """Which of the four phis scale k of K (from 0) uses: the one whose tick is nearest to k / (K - 1).
 
-    Released code, PhiPartiallyShared. At ties float64 rounding decides, so this is computed, not reasoned.
+    The ticks are four points spread over [0, 1], literally as released: at ties their rounding decides.
     """
     ticks = np.linspace(1 / 3 / PHIS, 1 - 1 / 3 / PHIS, PHIS)
     return int(np.argmin(np.abs(ticks - k / (K - 1))))
@@ -141,7 +142,7 @@ def middle(width: int, attention: bool) -> OrderedDict:
 def build_encoder(config: VQVAEConfig) -> nn.Sequential:
     """(B, 3, H * stride, W * stride) in [-1, 1] -> (B, C, H, W). Layers are named as in the released code."""
     width, last = config.channels, len(config.channel_mults) - 1
-    layers = OrderedDict(fold=nn.PixelUnshuffle(config.patch_size))
+    layers = OrderedDict(unshuffle=nn.PixelUnshuffle(config.patch_size))
     layers['conv_in'] = nn.Conv2d(3 * config.patch_size ** 2, width, 3, padding=1)
     for i, mult in enumerate(config.channel_mults):
         for j in range(config.res_blocks):
@@ -173,7 +174,7 @@ def build_decoder(config: VQVAEConfig) -> nn.Sequential:
             layers[f'up_{i}_upsample'] = Upsample(width)
     layers |= dict(norm_out=norm(width), silu=nn.SiLU())
     layers['conv_out'] = nn.Conv2d(width, 3 * config.patch_size ** 2, 3, padding=1)
-    layers['unfold'] = nn.PixelShuffle(config.patch_size)
+    layers['shuffle'] = nn.PixelShuffle(config.patch_size)
     return nn.Sequential(layers)
 
 
@@ -218,7 +219,7 @@ class VQVAE(nn.Module):
         if side != size:
             z_BCHW = F.interpolate(z_BCHW, size=(size, size), mode='bicubic')           # line 8
         with torch.autocast(z_BCHW.device.type, enabled=False):
-            return self.phis[self.phi_table[k]](z_BCHW.contiguous())                    # line 9, phi_k
+            return self.phis[self.phi_table[k]](z_BCHW.contiguous())                    # in line 9: phi_k
 
     def shrink(self, f_BCHW: Tensor, k: int) -> Tensor:
         """Averages a map over the areas of scale k's grid: (B, C, h, w)."""
@@ -231,7 +232,7 @@ class VQVAE(nn.Module):
         return self.quant_conv(self.encoder(images_B3HW)).float()
 
     def quantize(self, f_BCHW: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Algorithm 1 behind its first line: f -> tokens_BL and f_hat after every scale (K maps, B, C, H, W).
+        """The loop of Algorithm 1: f -> tokens_BL and f_hat after every scale, K maps (B, C, H, W).
 
         f_hats carry gradients to the codebook and the phis, none to f.
         """
@@ -239,9 +240,9 @@ class VQVAE(nn.Module):
         tokens, f_hats = [], []
         for k in range(len(self.config.scales)):
             tokens.append(self.nearest_codes(self.shrink(residual, k)))         # Alg. 1, lines 5 and 6
-            h_BCHW = self.contribution(tokens[-1], k)
-            f_hats.append(f_hats[-1] + h_BCHW if f_hats else h_BCHW)
-            residual = residual - h_BCHW.detach()                               # Alg. 1, line 9
+            added_BCHW = self.contribution(tokens[-1], k)
+            f_hats.append(f_hats[-1] + added_BCHW if f_hats else added_BCHW)
+            residual = residual - added_BCHW.detach()                           # line 9
         return torch.cat(tokens, dim=1), f_hats
 
     @torch.no_grad()
@@ -253,8 +254,8 @@ class VQVAE(nn.Module):
         """The sums of contributions up to scale 1, 2, ..., K: what `quantize` returned with these tokens."""
         f_hats = []
         for k, tokens_Bl in enumerate(tokens_BL.split(self.scale_lengths, dim=1)):
-            h_BCHW = self.contribution(tokens_Bl, k)
-            f_hats.append(f_hats[-1] + h_BCHW if f_hats else h_BCHW)
+            added_BCHW = self.contribution(tokens_Bl, k)
+            f_hats.append(f_hats[-1] + added_BCHW if f_hats else added_BCHW)
         return f_hats
 
     def decode_f_hat(self, f_hat_BCHW: Tensor) -> Tensor:
@@ -270,14 +271,15 @@ class VQVAE(nn.Module):
     def teacher_inputs(self, tokens_BL: Tensor) -> Tensor:
         """What the transformer sees in training: (B, L - 1, C) float32.
 
-        The input for scale k + 1 is all that is known before it, f_hat after scale k, shrunk to its grid (and
-        not the tokens of scale k alone). Scale 1 has none: it is predicted from the class.
+        The input for scale k + 1 is f_hat after scale k, shrunk to the grid of scale k + 1: the picture so
+        far, one vector for each token to predict. (The tokens of scale k alone stand on a smaller grid, and
+        are only what that scale added.) Scale 1 has no input: it is predicted from the class.
         """
         f_hats = self.f_hats(tokens_BL)[:-1]
         return torch.cat([self.next_input(f_hat, k) for k, f_hat in enumerate(f_hats)], dim=1)
 
     def next_input(self, f_hat_BCHW: Tensor, k: int) -> Tensor:
-        """f_hat after scale k -> the transformer's input for scale k + 1, (B, l, C)."""
+        """f_hat after scale k (from 0) -> the transformer's input for scale k + 1, (B, l, C)."""
         return self.shrink(f_hat_BCHW, k + 1).flatten(2).transpose(1, 2)
 
     # --- training
@@ -296,21 +298,20 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def revive_codes(self, dead_V: Tensor, images_B3HW: Tensor):
-        """Puts each code of a mask on a vector that the quantizer meets in these images.
+        """Replaces each dead code (True in the mask) by a vector that the quantizer meets in these images.
 
         That is a residual of a scale taken at random, so that the coarse scales, where collapse is worst, get
         as many codes as the fine ones. Uses torch's default generator.
         """
         f = self.features(images_B3HW)
-        f_hats = [torch.zeros_like(f)] + self.quantize(f)[1][:-1]
-        n, K = int(dead_V.sum()), len(f_hats)
+        f_hats_before = [torch.zeros_like(f), *self.quantize(f)[1][:-1]]
+        dead = int(dead_V.sum())
         candidates = []
-        for k, f_hat in enumerate(f_hats):
+        for k, f_hat in enumerate(f_hats_before):
             z_NC = self.shrink(f - f_hat, k).permute(0, 2, 3, 1).flatten(0, 2)
-            candidates.append(z_NC[torch.randint(len(z_NC), (n,), device=f.device)])
-        chosen_n = torch.randint(K, (n,), device=f.device)
-        candidates_nKC = torch.stack(candidates, dim=1)
-        self.codebook.weight[dead_V] = candidates_nKC[torch.arange(n, device=f.device), chosen_n]
+            candidates.append(z_NC[torch.randint(len(z_NC), (dead,), device=f.device)])
+        scales = torch.randint(len(candidates), (dead,), device=f.device)
+        self.codebook.weight[dead_V] = torch.stack(candidates)[scales, torch.arange(dead, device=f.device)]
 
     # --- the authors' weights
     @classmethod
@@ -331,17 +332,14 @@ class VQVAE(nn.Module):
             image_size=scales[-1] * 2 ** (levels - 1), patch_size=1, channels=channels,
             channel_mults=tuple(mults.get((level, 0), 1) for level in range(levels)), res_blocks=res_blocks,
             attention=True, z_channels=z_channels, vocab_size=vocab_size, scales=tuple(scales)))
-        left = {key: weight for key, weight in state_dict.items() if key != 'quantize.ema_vocab_hit_SV'}
         ours = model.state_dict()
-        for name, weight in ours.items():
-            key = official_name(name)
-            if key not in left or left[key].shape != weight.shape:
-                found = f'has shape {tuple(left[key].shape)}' if key in left else 'is missing'
-                raise ValueError(f'{key} {found}, expected {tuple(weight.shape)}')
-            ours[name] = left.pop(key)
-        if left:
-            raise ValueError(f'{next(iter(left))} is not a weight of such a tokenizer')
-        model.load_state_dict(ours)
+        names = {official_name(name): name for name in ours}
+        for key in [*names, *(key for key in state_dict if key != 'quantize.ema_vocab_hit_SV')]:
+            found = tuple(state_dict[key].shape) if key in state_dict else 'missing'
+            expected = tuple(ours[names[key]].shape) if key in names else 'no such weight'
+            if found != expected:
+                raise ValueError(f'{key}: {found}, expected {expected}')
+        model.load_state_dict({name: state_dict[key] for key, name in names.items()})
         return model
 
 
