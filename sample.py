@@ -5,8 +5,8 @@
     python sample.py out/shapes/var.pt --count 4 --show-scales --out scales.png        # coarse to fine
     python sample.py out/shapes/var.pt --npz samples.npz --count 50000                 # for an evaluator
 
-A picture depends on the checkpoint, the flags, the seed and its own number, and not on batch size or device
-(where only rounding may differ). From Python:
+A picture depends on the checkpoint, the flags, the seed and its own number, and not on batch size or device,
+where only rounding may differ (so it is drawn in float32, unless --dtype says otherwise). From Python:
 
     tokenizer, var, defaults = sample.load('out/shapes/var.pt')
     images = var.generate(tokenizer, torch.tensor([0, 1, 2]), **defaults)           # (3, 3, H, W) in [-1, 1]
@@ -66,6 +66,10 @@ def check(condition: bool, message: str):
         raise UserError(message)
 
 
+def flag(name: str) -> str:
+    return '--' + name.replace('_', '-')
+
+
 @contextmanager
 def config_errors_as_flags():
     """A config's ValueError, 'field_name=value: why', as a UserError about the flag --field-name."""
@@ -73,16 +77,16 @@ def config_errors_as_flags():
         yield
     except ValueError as error:
         name, _, rest = str(error).partition('=')
-        raise UserError(f"--{name.replace('_', '-')} {rest}") from None
+        raise UserError(f'{flag(name)} {rest}') from None
 
 
-def prepare_folder(folder: Path):
-    """Makes a folder and makes sure that it can be written, before any work is done."""
+def prepare_folder(folder: Path, flag: str):
+    """Makes the folder that a flag named and makes sure that it can be written, before any work is done."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UserError(f'{folder}: cannot be written ({error.strerror}); choose another --out') from None
+        raise UserError(f'{folder}: cannot be written ({error.strerror}); choose another {flag}') from None
 
 
 # ------------------------------------------------------------------------------------------- device and type
@@ -91,8 +95,9 @@ def choose_device(name: str) -> torch.device:
     if name == 'auto':
         name = 'cuda' if torch.cuda.is_available() else 'cpu'
     try:
+        check(re.fullmatch(r'cpu|mps|cuda(:\d+)?', name), 'unknown')
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):
+    except Exception:                                       # a missing driver or device fails in many ways
         raise UserError(f'--device {name}: not usable on this machine; cpu always is') from None
     return torch.device(name)
 
@@ -114,25 +119,26 @@ def save_file(path: Path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:                # torch.save says RuntimeError of a full disk
+        raise UserError(f'{path}: cannot be written ({one_line(error)})') from None
+    finally:
         temporary.unlink(missing_ok=True)
-        raise UserError(f'{path}: cannot be written ({error.strerror})') from None
 
 
 def save_checkpoint(path: Path, kind: str, **content):
     save_file(path, lambda file: torch.save(dict(kind=kind, **content), file))
 
 
-def read_checkpoint(path: str | Path, kinds: tuple[str, ...], device='cpu') -> dict:
-    """A checkpoint of one of these kinds: 'vqvae' (tokenizer), 'var' (both stages), 'resume' (a training)."""
+def read_checkpoint(path: str | Path, kinds: tuple[str, ...]) -> dict:
+    """A checkpoint of one of these kinds: 'vqvae' (tokenizer), 'var' (both stages), 'resume', 'other'."""
     check(Path(path).is_file(), f'{path}: no such file')
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:                              # torch.load fails in many ways on a torn file
-        raise UserError(f'{path}: torn, or no checkpoint at all ({first_line(error)})') from None
+        raise UserError(f'{path}: torn, or no checkpoint at all ({one_line(error)})') from None
     check(isinstance(checkpoint, dict), f'{path}: holds no checkpoint')
-    kind = checkpoint.get('kind', 'foreign')
-    check(kind in kinds, f"{path}: a checkpoint of kind '{kind}', but '{' or '.join(kinds)}' is needed here")
+    kind = checkpoint.get('kind', 'other')
+    check(kind in kinds, f"{path}: a checkpoint of kind '{kind}', but '{kinds[0]}' is needed here")
     return checkpoint
 
 
@@ -142,22 +148,23 @@ def build_tokenizer(checkpoint: dict, path: str | Path) -> VQVAE:
         tokenizer = VQVAE(VQVAEConfig(**checkpoint['vqvae_config']))
         tokenizer.load_state_dict(checkpoint['vqvae'])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f'{path}: its tokenizer does not fit its config ({first_line(error)})') from None
+        raise UserError(f'{path}: its tokenizer does not fit its config ({one_line(error)})') from None
     return tokenizer.requires_grad_(False).eval()
 
 
-def load_tokenizer(path: str | Path, scales: tuple[int, ...]) -> VQVAE:
+def load_tokenizer(path: str | Path, scales: tuple[int, ...] | None) -> VQVAE:
     """The tokenizer in a vqvae.pt, a var.pt or the authors' release (which doesn't say its scales)."""
-    checkpoint = read_checkpoint(path, ('vqvae', 'var', 'foreign'))
+    checkpoint = read_checkpoint(path, ('vqvae', 'var', 'other'))
     if 'kind' in checkpoint:
         return build_tokenizer(checkpoint, path)
+    check(scales is not None, f'{path}: not made by train.py; if it is the authors\', say its --scales')
     try:
         return VQVAE.from_official(checkpoint, scales).requires_grad_(False).eval()
     except ValueError as error:
         raise UserError(f'{path}: {error}') from None
 
 
-def first_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     return re.sub(r'\s+', ' ', str(error))[:160]
 
 
@@ -166,14 +173,14 @@ def load(path: str | Path, device: str | torch.device = 'cpu') -> tuple[VQVAE, V
 
     The class names are at var.class_names. Raises UserError where the file won't do.
     """
-    checkpoint = read_checkpoint(path, ('var',), device)
+    checkpoint = read_checkpoint(path, ('var',))
     tokenizer = build_tokenizer(checkpoint, path)
     try:
         var = VAR(VARConfig(**checkpoint['var_config']))
         var.load_state_dict(checkpoint['var'])
         var.class_names, defaults = list(checkpoint['class_names']), dict(checkpoint['defaults'])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f'{path}: its transformer does not fit its config ({first_line(error)})') from None
+        raise UserError(f'{path}: its transformer does not fit its config ({one_line(error)})') from None
     return tokenizer.to(device), var.to(device).requires_grad_(False).eval(), defaults
 
 
@@ -192,12 +199,13 @@ def noise_of_pictures(seed: int, first: int, count: int, length: int) -> Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def draw(tokenizer: VQVAE, var: VAR, labels: list[int], seed: int, batch_size: int, dtype='auto', **sampling):
-    """Yields (images, tokens_BL) batch by batch: images in [-1, 1], one per label, on the CPU."""
+def draw(tokenizer: VQVAE, var: VAR, labels: list[int], seed: int, batch_size: int, dtype='float32',
+         **sampling):
+    """Yields (images, tokens_BL) batch by batch: (B, 3, H, W) in [-1, 1], one per label, on the CPU."""
     device = var.position.device
     for first in range(0, len(labels), batch_size):
         labels_B = torch.tensor(labels[first:first + batch_size], device=device)
-        noise_BL = noise_of_pictures(seed, first, len(labels_B), var.config.length).to(device)
+        noise_BL = noise_of_pictures(seed, first, len(labels_B), sum(var.config.lengths)).to(device)
         with autocast(device, dtype):
             images, tokens_BL = var.generate(tokenizer, labels_B, noise_BL=noise_BL, return_tokens=True,
                                              **sampling)
@@ -205,12 +213,14 @@ def draw(tokenizer: VQVAE, var: VAR, labels: list[int], seed: int, batch_size: i
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] -> 0 .. 255, rounded."""
+    """[-1, 1] -> 0 .. 255, rounded; what is uint8 already stays as it is."""
+    if images.dtype == torch.uint8:
+        return images
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def grid(images: Tensor, columns: int) -> Image.Image:
-    """(N, 3, H, W) in [-1, 1] -> one picture, row by row, with white lines; small ones are enlarged."""
+    """(N, 3, H, W), uint8 or in [-1, 1] -> one picture, row by row; small ones are enlarged."""
     N, _, H, W = images.shape
     rows, zoom = math.ceil(N / columns), max(1, 64 // H)
     sheet = np.full((rows * (H + 2) - 2, columns * (W + 2) - 2, 3), 255, np.uint8)
@@ -220,9 +230,11 @@ def grid(images: Tensor, columns: int) -> Image.Image:
     return Image.fromarray(sheet).resize((sheet.shape[1] * zoom, sheet.shape[0] * zoom), Image.NEAREST)
 
 
+PICTURE_FORMATS = {'.png': 'PNG', '.jpg': 'JPEG'}
+
+
 def save_picture(path: Path, picture: Image.Image):
-    format = Image.registered_extensions()[path.suffix.lower()]
-    save_file(path, lambda file: picture.save(file, format=format))
+    save_file(path, lambda file: picture.save(file, format=PICTURE_FORMATS[path.suffix.lower()]))
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -250,7 +262,7 @@ def build_parser() -> Parser:
     parser.add_argument('--show-scales', action='store_true', help='one row per picture, scale by scale')
     parser.add_argument('--batch-size', type=int, default=50)
     parser.add_argument('--device', default='auto')
-    parser.add_argument('--dtype', choices=['auto', 'float32', 'bfloat16'], default='auto')
+    parser.add_argument('--dtype', choices=['float32', 'bfloat16'], default='float32')
     return parser
 
 
@@ -263,14 +275,13 @@ def check_flags(args: argparse.Namespace):
     check(args.top_p is None or 0 <= args.top_p <= 1, f'--top-p {args.top_p}: must lie in [0, 1]')
     if args.out is None and args.npz is None:
         args.out = 'samples.png'
-    known = Image.registered_extensions()
-    check(args.out is None or Path(args.out).suffix.lower() in known, f'--out {args.out}: must end in .png')
-    check(args.npz is None or args.npz.endswith('.npz'), f'--npz {args.npz}: must end in .npz')
-    for path in (args.out, args.npz):
+    for name, path, endings in [('--out', args.out, tuple(PICTURE_FORMATS)), ('--npz', args.npz, ('.npz',))]:
         if path is not None:
-            prepare_folder(Path(path).parent)
+            check(path.lower().endswith(endings), f"{name} {path}: must end in {' or '.join(endings)}")
+            prepare_folder(Path(path).parent, name)
 
 
+@torch.no_grad()
 def main(argv: list[str]):
     args = build_parser().parse_args(argv)
     check_flags(args)
@@ -283,27 +294,25 @@ def main(argv: list[str]):
     labels = [classes[i % len(classes)] for i in range(args.count or len(classes))]
 
     batches = draw(tokenizer, var, labels, args.seed, args.batch_size, args.dtype, **sampling)
-    images, tokens = [], []
+    size, strips = tokenizer.config.image_size, []
+    pictures = np.empty((len(labels), size, size, 3), np.uint8)
     with tqdm(total=len(labels), unit='picture', disable=len(labels) <= args.batch_size) as bar:
         for images_B3HW, tokens_BL in batches:
-            images.append(to_uint8(images_B3HW))            # kept as bytes: 50,000 of 256x256 are 10 GB
-            tokens.append(tokens_BL)
+            pictures[bar.n:bar.n + len(tokens_BL)] = to_uint8(images_B3HW).permute(0, 2, 3, 1)
+            if args.show_scales:
+                f_hats = tokenizer.f_hats(tokens_BL.to(var.position.device))
+                steps = [to_uint8(tokenizer.decode_f_hat(f_hat)).cpu() for f_hat in f_hats]
+                strips += torch.stack(steps, dim=1).flatten(0, 1)
             bar.update(len(tokens_BL))
-    images = torch.cat(images)
     if args.npz:
-        arrays = dict(arr_0=images.permute(0, 2, 3, 1).numpy(), labels=np.array(labels))
+        arrays = dict(arr_0=pictures, labels=np.array(labels))
         save_file(Path(args.npz), lambda file: np.savez(file, **arrays))
         print(f'{args.npz}: {len(labels)} pictures')
     if args.out:
         columns = len(classes) if 1 < len(classes) <= 20 else math.ceil(math.sqrt(len(labels)))
-        images = images / 127.5 - 1
-        if args.show_scales:
-            columns = len(tokenizer.config.scales)
-            tokens_BL = torch.cat(tokens).to(var.position.device)
-            with torch.no_grad():
-                steps = [tokenizer.decode_f_hat(f_hat).cpu() for f_hat in tokenizer.f_hats(tokens_BL)]
-            images = torch.stack(steps, dim=1).flatten(0, 1)
-        save_picture(Path(args.out), grid(images, min(columns, len(images))))
+        columns = len(tokenizer.config.scales) if args.show_scales else min(columns, len(labels))
+        images = torch.stack(strips) if strips else torch.from_numpy(pictures).permute(0, 3, 1, 2)
+        save_picture(Path(args.out), grid(images, columns))
         print(f'{args.out}: {len(labels)} pictures')
 
 

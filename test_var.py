@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import resource
 import shlex
 import shutil
 import subprocess
@@ -68,7 +69,7 @@ def split_scales(x_BL, scales=SCALES):
 
 # ----------------------------------------------------------------------------------------- the pyramid
 def test_the_released_pyramid_has_680_tokens_and_679_inputs():
-    assert VARConfig().length == 680
+    assert sum(VARConfig().lengths) == 680
     tokenizer = VQVAE(VQVAEConfig(256, 1, 32, (1, 1, 2, 2, 4), 1, False, 8, 16, VARConfig().scales))
     assert tokenizer.config.stride == 16
     assert tokenizer.teacher_inputs(torch.zeros(1, 680, dtype=torch.int64)).shape == (1, 679, 8)
@@ -282,10 +283,14 @@ def test_draw_inverts_the_cdf_that_top_k_and_top_p_leave(top_k, top_p):
     assert var_module.draw_tokens(logits, noise, top_k, top_p)[0].tolist() == slow
 
 
-def test_noise_next_to_1_draws_a_kept_token():
-    logits, nearly_1 = torch.tensor([[[0.0, 9.0, 8.0, -50.0]]]), torch.tensor([[1 - 2 ** -24]])
-    for top_k, top_p, token in [(2, 0.0, 2), (0, 0.99, 2), (1, 0.5, 1), (3, 0.0, 0)]:
-        assert var_module.draw_tokens(logits, nearly_1, top_k, top_p).item() == token
+def test_noise_at_the_steps_and_ends_of_the_cdf_draws_a_kept_token():
+    quarters = torch.arange(4)[None] / 4                                # four equal tokens: a quarter draws each
+    assert sorted(var_module.draw_tokens(torch.zeros(1, 4, 4), quarters, 0, 0.0)[0].tolist()) == [0, 1, 2, 3]
+    logits = torch.tensor([[[0.0, 9.0, 8.0, -50.0]]])
+    for top_k, top_p, last in [(2, 0.0, 2), (0, 0.99, 2), (1, 0.5, 1), (3, 0.0, 0)]:
+        for noise, token in [(0.0, 1), (1.0, last)]:                    # 1: what rounding may make of 0.99...
+            drawn = var_module.draw_tokens(logits, torch.tensor([[noise]]), top_k, top_p)
+            assert drawn.item() == token
 
 
 def test_the_same_noise_gives_the_same_picture_in_any_batch(tokenizer):
@@ -305,9 +310,11 @@ def test_under_autocast_logits_and_quantizer_stay_float32(tokenizer):
         tokens_BL = tokenizer.encode(images_of(tokenizer))
         inputs_BLC = tokenizer.teacher_inputs(tokens_BL)
         logits, images = var(labels, inputs_BLC), var.generate(tokenizer, labels)
+    logits.sum().backward()
     assert inputs_BLC.dtype == logits.dtype == images.dtype == torch.float32
     assert torch.equal(inputs_BLC, tokenizer.teacher_inputs(tokens_BL))
-    assert 0 < (logits - var(labels, inputs_BLC)).abs().max() < 0.3     # bfloat16 was used, and is near
+    # bfloat16 was used (its 8 bits err by 0.4% at every step of the way) and is near: logits are about 1
+    assert 0 < (logits - var(labels, inputs_BLC)).abs().max() < 0.3
 
 
 # ------------------------------------------------------------------------------------ released weights
@@ -489,10 +496,10 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(tiny_run,
     shutil.copytree(tiny_run, out)
     (out / 'last.pt').write_bytes((out / 'last.pt').read_bytes()[:1000])    # torn: previous.pt serves, step 2
     os.remove(out / 'var.pt')
-    train.main(['--resume', '--out', str(out)])
+    train.main(['--resume', '--out', str(out), '--seed', '0', '--stage', 'both'])       # no other than it had
     assert same_weights(out / 'var.pt', tiny_run / 'var.pt', 'var')
     logs = [list(csv.DictReader((folder / 'var.csv').open())) for folder in (out, tiny_run)]
-    for rows in zip(*logs, strict=True):
+    for rows in zip(*logs):
         assert len({tuple(row[name] for name in row if not name.endswith('_per_s')) for row in rows}) == 1
 
 
@@ -569,9 +576,10 @@ def complaint(main, arguments, capsys, monkeypatch) -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         sample.run_command(main)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith('error: ') and error.count('\n') == 1, error
-    return error
+    lines = capsys.readouterr().err.splitlines()                    # perhaps a progress bar, then the one line
+    assert stop.value.code == 2 and lines[-1].startswith('error: '), lines
+    assert not [line for line in lines[:-1] if line and 'it/s' not in line and 's/it' not in line], lines
+    return lines[-1]
 
 
 WRONG_FLAGS = """
@@ -584,7 +592,7 @@ WRONG_FLAGS = """
     train.py --top-p 1.5                            | --top-p 1.5; in [0, 1]
     train.py --label-dropout 1                      | --label-dropout 1; in [0, 1)
     train.py --dtype float8                         | --dtype float8; bfloat16
-    train.py --device tpu9                          | --device tpu9; cpu
+    train.py --device meta                          | --device meta; cpu
     train.py --channels 40                          | --channels 40; multiple of 32
     train.py --scales 1 4 2 8                       | --scales (1, 4, 2, 8); rise
     train.py --scales 1 2 4                         | --scales (1, 2, 4); 32 / 4 = 8
@@ -604,13 +612,14 @@ WRONG_FLAGS = """
     sample.py RUN/var.pt --top-k -5                 | --top-k -5; 0 or more
     sample.py RUN/var.pt --top-p 1.01               | --top-p 1.01; in [0, 1]
     sample.py RUN/var.pt --seed -1                  | --seed -1
+    train.py --seed 3000000000                      | --seed 3000000000; in [0, 2^31)
     sample.py RUN/var.pt --out picture.xyz          | --out picture.xyz; .png
     sample.py RUN/var.pt --out RUN/var.csv/a.png    | cannot be written; --out
     sample.py RUN/var.pt --npz samples              | --npz samples; .npz
 """
 
 
-@pytest.mark.parametrize('line', WRONG_FLAGS.strip().splitlines())
+@pytest.mark.parametrize('line', [' '.join(line.split()) for line in WRONG_FLAGS.strip().splitlines()])
 def test_a_wrong_flag_is_named(line, tiny_run, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command, words = line.split('|')
@@ -623,13 +632,23 @@ def test_a_wrong_flag_is_named(line, tiny_run, tmp_path, capsys, monkeypatch):
     assert not [path for path in tmp_path.rglob('*') if path.is_file()]
 
 
+class Bomb:
+    """Makes a folder when it is unpickled freely."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
 def test_a_file_that_is_no_such_checkpoint_is_named(tiny_run, tmp_path, capsys, monkeypatch):
     good = (tiny_run / 'var.pt').read_bytes()
     (tmp_path / 'torn.pt').write_bytes(good[:len(good) // 2])
     (tmp_path / 'empty.pt').write_bytes(b'')
     (tmp_path / 'text.pt').write_text('hello')
     torch.save([1, 2], tmp_path / 'list.pt')
-    torch.save(VARConfig, tmp_path / 'code.pt')             # would run code if it were unpickled freely
+    torch.save(Bomb(tmp_path / 'ran'), tmp_path / 'code.pt')
     other = torch.load(tiny_run / 'var.pt', weights_only=True)
     other['var_config']['depth'] = 2
     torch.save(other, tmp_path / 'other.pt')
@@ -648,7 +667,7 @@ def test_a_file_that_is_no_such_checkpoint_is_named(tiny_run, tmp_path, capsys, 
     arguments += [tiny_run / 'vqvae.pt', '--vocab-size', 99]
     error = complaint(train.main, arguments, capsys, monkeypatch)
     assert '--vocab-size 99' in error and '16' in error
-    assert not (tmp_path / 'out').exists() and not (tmp_path / 'x.png').exists()
+    assert not [name for name in ('out', 'x.png', 'ran') if (tmp_path / name).exists()]
 
 
 def test_a_run_is_not_written_over_unless_asked(tiny_run, tmp_path, capsys, monkeypatch):
@@ -660,6 +679,10 @@ def test_a_run_is_not_written_over_unless_asked(tiny_run, tmp_path, capsys, monk
     error = complaint(train.main, ['--resume', '--depth', 3, '--out', out], capsys, monkeypatch)
     assert '--depth 3' in error and 'has 1' in error
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    shutil.copy(out / 'previous.pt', out / 'last.pt')               # as if stopped in the middle of stage 2
+    error = complaint(train.main, [*TINY.split(), '--stage', 'vqvae', '--out', out], capsys, monkeypatch)
+    assert '--resume' in error
+    before['last.pt'] = before['previous.pt']
     flags = [*TINY.split(), '--overwrite', '--batch-size', 99, '--out', out]
     assert '--batch-size 99' in complaint(train.main, flags, capsys, monkeypatch)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
@@ -679,16 +702,20 @@ def test_a_folder_that_is_not_cifar10_is_named(tmp_path, capsys, monkeypatch):
     assert not list((tmp_path / 'run').iterdir())
 
 
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+def test_a_full_disk_or_a_loss_that_explodes_leaves_the_last_save(tiny_run, tmp_path, capsys, monkeypatch):
     path = tmp_path / 'model.pt'
     path.write_text('old')
-
-    def broken(file):
-        file.write(b'half')
-        raise OSError(28, 'No space left on device')
-    with pytest.raises(sample.UserError, match='No space left'):
-        sample.save_file(path, broken)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, unlimited[1]))
+    try:
+        with pytest.raises(sample.UserError, match='model.pt: cannot be written'):
+            sample.save_checkpoint(path, 'var', weights=torch.zeros(100_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
+    flags = [*TINY.split(), '--vqvae-lr', 1e30, '--out', tmp_path / 'run']
+    error = complaint(train.main, flags, capsys, monkeypatch)
+    assert 'nan' in error and '--vqvae-lr' in error and not (tmp_path / 'run/vqvae.pt').exists()
 
 
 # ---------------------------------------------------------------------------------------------- README

@@ -10,17 +10,20 @@ leaves in --out (out/<preset>): vqvae.pt and var.pt, to use and to share; last.p
 vqvae.csv and var.csv, the logs; reconstructions.png and samples.png.
 
 All that is random in step s follows from (seed, s): the pictures of the batch, their augmentation, dropout.
-So there are no random states to save, and a run that is resumed goes on as if it had never stopped.
+So there are no random states to save, and a run that is resumed goes on as if it had never stopped (to the
+bit on a CPU; GPUs may add up in varying order). Shapes stand in the names of tensors as in var.py.
 """
 import argparse
 import csv
 import dataclasses
 import hashlib
+import http.client
 import inspect
 import math
 import re
 import shutil
 import tarfile
+import tempfile
 import time
 import typing
 import urllib.request
@@ -35,13 +38,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import sample
-from sample import Parser, UserError, autocast, check, choose_device, config_errors_as_flags, save_picture
+from sample import (Parser, UserError, autocast, check, choose_device, config_errors_as_flags, flag,
+                    save_picture)
 from var import VAR, VARConfig
 from vqvae import VQVAE, VQVAEConfig
 
 
 @dataclass(frozen=True)
 class TrainConfig:
+    """What a run does, beside the shapes of its two models. An impossible value raises ValueError."""
     preset: str = 'shapes'              # shapes or cifar10: the data, and a value for every flag below
     stage: str = 'both'                 # vqvae, var or both
     data_dir: str | None = None         # folder of the data set; absent: downloaded to data/
@@ -72,12 +77,12 @@ class TrainConfig:
 
     def __post_init__(self):
         rules = [
-            ('crop top_k cfg weight_decay seed', lambda v: 0 <= v < math.inf, '0 or more'),
+            ('crop top_k cfg weight_decay', lambda v: 0 <= v < math.inf, '0 or more'),
+            ('seed', lambda v: 0 <= v < 2 ** 31, 'in [0, 2^31)'),
             ('vqvae_steps var_steps batch_size train_count val_count revive_every_steps log_every_steps '
              'save_every_steps', lambda v: v >= 1, '1 or more'),
             ('vqvae_lr var_lr', lambda v: 0 < v < math.inf, 'above 0'),
             ('last_lr top_p', lambda v: 0 <= v <= 1, 'in [0, 1]'),
-            ('preset', lambda v: v in PRESETS, ' or '.join(PRESETS)),
             ('stage', lambda v: v in ('vqvae', 'var', 'both'), 'vqvae, var or both'),
             ('dtype', lambda v: v in ('auto', 'float32', 'bfloat16'), 'auto, float32 or bfloat16')]
         for names, is_possible, wanted in rules:
@@ -99,26 +104,22 @@ PRESETS = {                             # learning rates are per 256 pictures: 0
 FIGURES = ('disc', 'ring', 'square', 'triangle', 'star', 'heart', 'cross', 'moon', 'arrow', 'hourglass')
 
 
-def outline(figure: str) -> list[tuple[np.ndarray, int]]:
-    """A figure as polygons in [-1, 1], y down, to fill one after the other with 255 (ink) or 0 (hole)."""
+def outlines() -> dict[str, list]:
+    """Each figure as polygons in [-1, 1], y down: the first is filled with ink, a second is a hole in it."""
     t = np.linspace(0, 2 * np.pi, 48, endpoint=False)
     disc = np.stack([np.cos(t), np.sin(t)], 1)
-    points = {
-        'square': [(-.8, -.8), (.8, -.8), (.8, .8), (-.8, .8)],
-        'triangle': [(0, -.95), (.95, .75), (-.95, .75)],
-        'star': [(radius * math.sin(i * math.pi / 5), -radius * math.cos(i * math.pi / 5))
-                 for i, radius in enumerate([1.15, .48] * 5)],
-        'heart': np.stack([np.sin(t) ** 3, (5 * np.cos(2 * t) - 13 * np.cos(t) + 2 * np.cos(3 * t)
-                                            + np.cos(4 * t)) / 16], 1),
-        'cross': [(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3),
-                  (.3, 1), (-.3, 1), (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3)],
-        'arrow': [(0, -1), (.8, -.05), (.3, -.05), (.3, 1), (-.3, 1), (-.3, -.05), (-.8, -.05)],
-        'hourglass': [(-.8, -.95), (.8, -.95), (.12, 0), (.8, .95), (-.8, .95), (-.12, 0)],
-    }
-    if figure in points:
-        return [(np.asarray(points[figure]), 255)]
-    holes = {'disc': [], 'ring': [(.5 * disc, 0)], 'moon': [(.85 * disc + (.5, -.2), 0)]}
-    return [(disc, 255), *holes[figure]]
+    heart_y = 5 * np.cos(2 * t) - 13 * np.cos(t) + 2 * np.cos(3 * t) + np.cos(4 * t)
+    star = [(math.sin(i * math.pi / 5), -math.cos(i * math.pi / 5)) for i in range(10)]
+    return {
+        'disc': [disc], 'ring': [disc, .5 * disc], 'moon': [disc, .85 * disc + (.5, -.2)],
+        'heart': [np.stack([np.sin(t) ** 3, heart_y / 16], 1)],
+        'square': [[(-.8, -.8), (.8, -.8), (.8, .8), (-.8, .8)]],
+        'triangle': [[(0, -.95), (.95, .75), (-.95, .75)]],
+        'star': [np.array(star) * np.array([1.15, .48] * 5)[:, None]],
+        'cross': [[(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3),
+                   (.3, 1), (-.3, 1), (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3)]],
+        'arrow': [[(0, -1), (.8, -.05), (.3, -.05), (.3, 1), (-.3, 1), (-.3, -.05), (-.8, -.05)]],
+        'hourglass': [[(-.8, -.95), (.8, -.95), (.12, 0), (.8, .95), (-.8, .95), (-.12, 0)]]}
 
 
 def draw_shapes(count: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
@@ -128,14 +129,14 @@ def draw_shapes(count: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
     degrees). The same count, seed and size give the same pictures.
     """
     random = np.random.RandomState(seed)
-    outlines = [outline(figure) for figure in FIGURES]
+    polygons = [[np.array(polygon) for polygon in outlines()[figure]] for figure in FIGURES]
     pictures = np.empty((count, size, size, 3), np.uint8)
     for i in range(count):
         radius, turn = random.uniform(.28, .37) * size, random.uniform(-15, 15) * math.pi / 180
         centre = size / 2 + random.uniform(-.08, .08, 2) * size
         turned = radius * np.array([[math.cos(turn), math.sin(turn)], [-math.sin(turn), math.cos(turn)]])
         mask = Image.new('L', (4 * size, 4 * size))
-        for points, ink in outlines[i % len(FIGURES)]:
+        for ink, points in zip((255, 0), polygons[i % len(FIGURES)]):
             ImageDraw.Draw(mask).polygon([tuple(p) for p in 4 * (points @ turned + centre)], fill=ink)
         coverage = np.asarray(mask.reduce(4), np.float32)[..., None] / 255
         ink, ground = random_colour(random, (.7, 1), (.85, 1)), random_colour(random, (.3, .8), (.1, .3))
@@ -158,23 +159,22 @@ CIFAR10_COUNT, CIFAR10_BYTES = 10_000, 1 + 3 * 32 * 32      # pictures a file; l
 
 def download_cifar10(folder: Path, url: str = CIFAR10_URL, md5: str = CIFAR10_MD5):
     """Downloads and unpacks the binary files to folder/cifar-10-batches-bin, all of them or none."""
-    sample.prepare_folder(folder)
-    archive = folder / 'cifar-10-binary.tar.gz.part'
-    try:
-        with urllib.request.urlopen(url, timeout=60) as response, open(archive, 'wb') as file:
-            total = int(response.headers.get('Content-Length') or 0)
-            with tqdm.wrapattr(response, 'read', total=total, desc='CIFAR-10') as source:
-                shutil.copyfileobj(source, file)
-        found = hashlib.md5(archive.read_bytes()).hexdigest()
-        check(found == md5, f'{url}: broken off or changed, its md5 is {found}, not {md5}; try again, or '
-              'unpack CIFAR-10 (binary version) yourself and name its folder with --data-dir')
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter='data')
-    except OSError as error:
-        raise UserError(f'{url}: cannot be downloaded ({error}); unpack CIFAR-10 (binary version) yourself '
-                        'and name its folder with --data-dir') from None
-    finally:
-        archive.unlink(missing_ok=True)
+    sample.prepare_folder(folder, '--data-dir')
+    advice = 'try again, or unpack CIFAR-10 (binary version) yourself and name its folder with --data-dir'
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        archive = Path(scratch, 'cifar-10-binary.tar.gz')
+        try:
+            with urllib.request.urlopen(url, timeout=60) as response, open(archive, 'wb') as file:
+                total = int(response.headers.get('Content-Length') or 0)
+                with tqdm.wrapattr(response, 'read', total=total, desc='CIFAR-10') as source:
+                    shutil.copyfileobj(source, file)
+            found = hashlib.md5(archive.read_bytes()).hexdigest()
+            check(found == md5, f'{url}: broken off or changed, its md5 is {found}, not {md5}; {advice}')
+            with tarfile.open(archive) as tar:
+                tar.extractall(scratch, filter='data')
+            Path(scratch, 'cifar-10-batches-bin').replace(folder / 'cifar-10-batches-bin')
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(f'{url}: cannot be downloaded ({error}); {advice}') from None
 
 
 def read_cifar10(data_dir: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -187,7 +187,7 @@ def read_cifar10(data_dir: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         folder = folder / 'cifar-10-batches-bin'
     images, labels = [], []
     for path in [folder / name for name in CIFAR10_FILES]:
-        check(path.is_file(), f'--data-dir {data_dir}: has no {path.name}; needs CIFAR-10, binary version')
+        check(path.is_file(), f'--data-dir {folder}: has no {path.name}; needs CIFAR-10, binary version')
         size, expected = path.stat().st_size, CIFAR10_COUNT * CIFAR10_BYTES
         check(size == expected, f'{path}: has {size} bytes instead of {expected}; broken, or not CIFAR-10')
         records = torch.from_numpy(np.fromfile(path, np.uint8)).view(CIFAR10_COUNT, CIFAR10_BYTES)
@@ -263,7 +263,8 @@ class TokenizerTask:
         self.steps, self.lr = self.config.vqvae_steps, self.config.vqvae_lr
         self.scale_names = [f'{side}x{side}' for side in model.config.scales]
         # a code is dead that no token used since the last revival; saved to resume
-        self.state = dict(hits_V=torch.zeros(model.config.vocab_size, dtype=torch.int64, device=run.device))
+        hits_V = torch.zeros(model.config.vocab_size, dtype=torch.int64, device=run.data.device)
+        self.state = dict(hits_V=hits_V)
         model.codebook.weight.data.zero_()          # all codes are dead until step 0 puts them on data
         self.columns = ['reconstruction', 'vq', 'psnr', 'use', 'perplexity']
         self.columns += [f'{metric}_{name}' for metric in ('use', 'perplexity') for name in self.scale_names]
@@ -275,6 +276,7 @@ class TokenizerTask:
             self.state['hits_V'].zero_()
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
+        """The loss of a batch, and what the log shows of it."""
         reconstruction, vq_loss, tokens_BL = self.model(images)
         self.state['hits_V'] += tokens_BL.flatten().bincount(minlength=self.model.config.vocab_size)
         reconstruction_loss = F.mse_loss(reconstruction, images)
@@ -291,7 +293,7 @@ class TokenizerTask:
         for images, _ in self.run.data.val_batches():
             tokens.append(self.model.encode(images))
             errors.append((self.model.decode(tokens[-1]) - images).square().mean((1, 2, 3)))
-        tokens_NL, row = torch.cat(tokens), dict(psnr=10 * math.log10(4 / torch.cat(errors).mean().item()))
+        tokens_NL, row = torch.cat(tokens), dict(psnr=-10 * torch.cat(errors).mean().div(4).log10().item())
         names = ['', *(f'_{name}' for name in self.scale_names)]
         for name, part in zip(names, [tokens_NL, *tokens_NL.split(self.model.scale_lengths, dim=1)]):
             share_V = part.flatten().bincount(minlength=self.model.config.vocab_size) / part.numel()
@@ -299,16 +301,13 @@ class TokenizerTask:
             row['perplexity' + name] = torch.special.entr(share_V).sum().exp().item()
         return row
 
-    def report(self, row: dict) -> str:
-        by_scale = [f'{s} {row["use_" + s]:.0f}% ({row["perplexity_" + s]:.0f})' for s in self.scale_names]
-        return (f'PSNR {row["psnr"]:.2f} dB, codes in use {row["use"]:.1f}% '
-                f'(perplexity {row["perplexity"]:.0f}), by scale {", ".join(by_scale)}')
-
     def draw(self):
         """reconstructions.png: a row of held-out pictures over a row of what the tokenizer makes of them."""
-        originals = to_float(self.run.data.val_images[:32])
-        rows = zip(originals.split(16), self.model.decode(self.model.encode(originals)).split(16))
-        picture = sample.grid(torch.cat([row for pair in rows for row in pair]), 16)
+        images = self.run.data.val_images
+        columns = min(16, len(images))
+        originals = to_float(images[:columns * min(2, len(images) // columns)])
+        rows = zip(originals.split(columns), self.model.decode(self.model.encode(originals)).split(columns))
+        picture = sample.grid(torch.cat([row for pair in rows for row in pair]), columns)
         save_picture(self.run.out / 'reconstructions.png', picture)
 
     def save(self):
@@ -326,13 +325,14 @@ class TransformerTask:
         self.scale_names = [f'{side}x{side}' for side in model.config.scales]
         self.sampling = {name: getattr(self.config, name) for name in ('cfg', 'top_k', 'top_p')}
         self.state = {}
-        self.columns = ['loss', 'accuracy']
+        self.columns = ['loss', 'accuracy', 'ln_V']
         self.columns += [f'{metric}_{name}' for metric in ('loss', 'accuracy') for name in self.scale_names]
 
     def before_step(self, step: int, images: Tensor):
         pass
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
+        """The loss of a batch, and what the log shows of it. (Released code encodes outside of autocast.)"""
         tokens_BL = self.tokenizer.encode(images)
         logits_BLV = self.model(labels, self.tokenizer.teacher_inputs(tokens_BL))
         loss_BL = F.cross_entropy(logits_BLV.transpose(1, 2), tokens_BL, reduction='none')
@@ -349,18 +349,12 @@ class TransformerTask:
     def validate(self) -> dict:
         """Loss and accuracy on held-out pictures, each with its own label, in all and scale by scale."""
         rows = [(self.loss(images, labels)[1], len(labels)) for images, labels in self.run.data.val_batches()]
-        return average(*zip(*rows))
-
-    def report(self, row: dict) -> str:
-        by_scale = [f'{n} {row["loss_" + n]:.2f} ({row["accuracy_" + n]:.0%})' for n in self.scale_names]
-        return (f'loss {row["loss"]:.3f}, ln V = {math.log(self.model.config.vocab_size):.3f}, '
-                f'accuracy {row["accuracy"]:.1%}, by scale {", ".join(by_scale)}')
+        return average(*zip(*rows)) | dict(ln_V=math.log(self.model.config.vocab_size))
 
     def draw(self):
         """samples.png: a column a class, at the sampling defaults."""
         labels = list(range(self.model.config.num_classes)) * 8
-        batches = sample.draw(self.tokenizer, self.model, labels, 0, self.config.batch_size,
-                              self.config.dtype, **self.sampling)
+        batches = sample.draw(self.tokenizer, self.model, labels, 0, self.config.batch_size, **self.sampling)
         picture = sample.grid(torch.cat([images for images, _ in batches]), self.model.config.num_classes)
         save_picture(self.run.out / 'samples.png', picture)
 
@@ -381,12 +375,11 @@ def learning_rate(step: int, steps: int, last: float) -> float:
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
     """No weight decay on one-dimensional tensors, nor on what stands for a position, a scale or a gate."""
-    free = ('position', 'scale_embedding', 'adaln_table', 'log_scale')
-    decayed, undecayed = [], []
+    groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)]
     for name, parameter in model.named_parameters():
-        is_free = parameter.ndim <= 1 or any(word in name for word in free)
-        (undecayed if is_free else decayed).append(parameter)
-    return [dict(params=decayed, weight_decay=weight_decay), dict(params=undecayed, weight_decay=0.0)]
+        is_free = re.search('position|scale_embedding|adaln_table|log_scale', name) or parameter.ndim <= 1
+        groups[bool(is_free)]['params'].append(parameter)
+    return groups
 
 
 def average(rows: list[dict[str, Tensor]], weights: list[int]) -> dict[str, float]:
@@ -413,8 +406,8 @@ def fit(run: 'Run', task):
 
         images, labels = run.data.batch(step)
         model.train()
-        with autocast(run.device, config.dtype):
-            task.before_step(step, images)
+        task.before_step(step, images)
+        with autocast(run.data.device, config.dtype):
             loss, metrics = task.loss(images, labels)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -423,37 +416,48 @@ def fit(run: 'Run', task):
         rows.append({name: value.detach() for name, value in metrics.items()})
 
         at_end = step + 1 == task.steps
-        if at_end or (step + 1) % config.log_every_steps == 0:
+        is_log = at_end or (step + 1) % config.log_every_steps == 0
+        is_save = at_end or (step + 1) % config.save_every_steps == 0
+        if is_log or is_save:
+            if not math.isfinite(loss.item()):
+                bar.close()
+                raise UserError(f'{task.name}: the loss is {loss.item()} at step {step + 1}; the last save stands; '
+                                f'try a lower --{task.name}-lr')
+        if is_log:
             row, speed = average(rows, [1] * len(rows)), len(rows) * len(images) / (time.time() - began)
             tokens_per_s = speed * sum(side * side for side in model.config.scales)
             run.log(step + 1, 'train', lr=lr, images_per_s=speed, tokens_per_s=tokens_per_s, **row)
             bar.set_postfix_str(f'{task.columns[0]} {row[task.columns[0]]:.3f}, {speed:.0f} images/s')
             rows, began = [], time.time()
-        if at_end or (step + 1) % config.save_every_steps == 0:
+        if is_save:
+            paused = time.time()
             model.eval()
-            with autocast(run.device, config.dtype):
+            with autocast(run.data.device, config.dtype):
                 row = task.validate()
-                task.draw()
+            task.draw()
             run.log(step + 1, 'val', **row)
-            bar.write(f'{task.name} step {step + 1}, held-out: {task.report(row)}')
+            shown = ', '.join(f'{name} {value:.3g}' for name, value in row.items())
+            bar.write(f'{task.name} step {step + 1}, held-out: {shown}')
             task.save()
             run.save(task, optimizer, step + 1)
-            began = time.time()
+            began += time.time() - paused
 
 
+@dataclass
 class Run:
     """The folder of a run: its settings, data and logs, and what it needs to go on (`saved`, if it does)."""
-
-    def __init__(self, settings: dict, config: TrainConfig, out: Path, data: Data, saved: dict | None):
-        self.settings, self.config, self.out, self.data, self.saved = settings, config, out, data, saved
-        self.device = data.device
+    settings: dict
+    config: TrainConfig
+    out: Path
+    data: Data
+    saved: dict | None
 
     def save(self, task, optimizer: torch.optim.Optimizer, step: int):
         last = self.out / 'last.pt'
         if last.exists():
             last.replace(self.out / 'previous.pt')
         sample.save_checkpoint(last, 'resume', settings=self.settings, stage=task.name, step=step,
-                               state=task.state, model=task.model.state_dict(),
+                               unfinished=step < task.steps, state=task.state, model=task.model.state_dict(),
                                optimizer=optimizer.state_dict())
 
     def restore(self, task, optimizer: torch.optim.Optimizer) -> int:
@@ -464,19 +468,23 @@ class Run:
         optimizer.load_state_dict(self.saved['optimizer'])
         for name, tensor in self.saved['state'].items():
             task.state[name].copy_(tensor)
-        return self.saved['step']
+        start, self.saved = self.saved['step'], None
+        return start
 
     def open_log(self, task, start: int):
         """The stage's CSV: a new one, or on resuming the old one up to the step resumed from."""
         path, rows = self.out / f'{task.name}.csv', []
-        if start:
+        if start and path.exists():
             with open(path, newline='') as file:
                 rows = [row for row in csv.DictReader(file) if int(row['step']) <= start]
-        self.file = open(path, 'w', newline='')
+        temporary = path.with_name(path.name + '.tmp')
+        self.file = open(temporary, 'w', newline='')
         columns = ['step', 'split', 'lr', 'images_per_s', 'tokens_per_s', *task.columns]
         self.writer = csv.DictWriter(self.file, columns)
         self.writer.writeheader()
         self.writer.writerows(rows)
+        self.file.flush()
+        temporary.replace(path)
 
     def log(self, step: int, split: str, **row):
         row = {name: f'{value:.6g}' for name, value in row.items()}
@@ -485,12 +493,14 @@ class Run:
 
 
 def read_resume(out: Path) -> dict:
-    """last.pt, or previous.pt where that is torn."""
+    """last.pt, or previous.pt where that is torn (and then out of the way of the next save)."""
     for path in (out / 'last.pt', out / 'previous.pt'):
-        try:
-            return sample.read_checkpoint(path, ('resume',))
-        except UserError as error:
-            print(f'passed over: {error}')
+        if path.exists():
+            try:
+                return sample.read_checkpoint(path, ('resume',))
+            except UserError as error:
+                print(f'passed over: {error}')
+                path.replace(path.with_suffix('.torn'))
     raise UserError(f'--resume: {out} holds no run that can be resumed; start one without --resume')
 
 
@@ -507,8 +517,8 @@ def build_parser() -> Parser:
     sources = '\n'.join(map(inspect.getsource, CONFIGS))
     for name, field in sorted(fields.items()):
         comment = re.search(rf'^    {name}: .*?# *(.+)$', sources, re.M)
-        values = [f'{preset} {values[name]}' for preset, values in PRESETS.items() if name in values]
-        help = f"{comment[1] if comment else ''} [{', '.join(values) or field.default}]"
+        values = [f', {preset} {values[name]}' for preset, values in PRESETS.items() if name in values]
+        help = f"{comment[1] if comment else ''} [{field.default}{''.join(values)}]"
         options = dict(help=help.replace('%', '%%'))
         if field.type is bool:
             options |= dict(action=argparse.BooleanOptionalAction)
@@ -519,24 +529,21 @@ def build_parser() -> Parser:
     return parser
 
 
-def flag(name: str) -> str:
-    return '--' + name.replace('_', '-')
-
-
 def make(config_class, settings: dict, **more):
     """A config from the settings that are fields of it."""
     names = {field.name for field in dataclasses.fields(config_class)}
     with config_errors_as_flags():
-        return config_class(**{name: value for name, value in settings.items() if name in names}, **more)
+        return config_class(**{name: value for name, value in settings.items() if name in names} | more)
 
 
 def resolve(given: dict) -> tuple[dict, dict | None]:
-    """The settings of the run: the preset's under the given flags. On resuming, also what was saved, whose
+    """All settings of the run, the preset's under the given flags. On resuming, also what was saved: then its
     settings hold, and only the CHANGEABLE ones can be given anew."""
     preset = given.get('preset', 'shapes')
     check(preset in PRESETS, f"--preset {preset}: must be {' or '.join(PRESETS)}")
     if not given.get('resume'):
-        return dict(preset=preset) | PRESETS[preset] | given, None
+        defaults = {field.name: field.default for config in CONFIGS for field in dataclasses.fields(config)}
+        return defaults | dict(preset=preset) | PRESETS[preset] | given, None
     check(not given.get('overwrite'), '--resume, --overwrite: say one or the other')
     saved = read_resume(Path(given.get('out', f'out/{preset}')))
     for name, value in given.items():
@@ -548,18 +555,20 @@ def resolve(given: dict) -> tuple[dict, dict | None]:
 
 def claim_folder(out: Path, config: TrainConfig, stages: list[str]) -> list[Path]:
     """Makes the folder of a run. Refuses one that holds a run, or returns which files are to be replaced."""
-    sample.prepare_folder(out)
-    held = [path for stage in stages for path in (out / f'{stage}.csv', out / f'{stage}.pt') if path.exists()]
-    check(not held or config.resume or config.overwrite, f'--out {out}: already holds a run; --resume goes '
-          'on with it, --overwrite replaces it, or choose another --out')
+    sample.prepare_folder(out, '--out')
+    held = [out / f'{stage}.pt' for stage in stages if (out / f'{stage}.pt').exists()]
+    if not (config.resume or config.overwrite):
+        unfinished = (out / 'last.pt').exists() and read_resume(out)['unfinished']
+        check(not (held or unfinished), f'--out {out}: already holds a run; --resume goes on with it, '
+              '--overwrite replaces it, or choose another --out')
     return [*held, out / 'last.pt', out / 'previous.pt'] if config.overwrite else []
 
 
-def load_tokenizer(path: Path, settings: dict, given: dict) -> VQVAE:
+def load_tokenizer(path: Path, given: dict) -> VQVAE:
     """The tokenizer for a stage 2 without a stage 1."""
     check(path.is_file(), f'--stage var: there is no tokenizer {path}; train one with --stage vqvae, or name '
           'one with --tokenizer')
-    tokenizer = sample.load_tokenizer(path, settings.get('scales', VQVAEConfig.scales))
+    tokenizer = sample.load_tokenizer(path, given.get('scales'))
     for name, value in asdict(tokenizer.config).items():
         check(given.get(name, value) == value, f'{flag(name)} {given.get(name)}: the tokenizer in {path} has '
               f'{value}; leave the flag away')
@@ -581,7 +590,10 @@ def main(argv: list[str]):
     if 'vqvae' in stages:
         tokenizer = VQVAE(make(VQVAEConfig, settings))
     else:
-        tokenizer = load_tokenizer(Path(config.tokenizer or out / 'vqvae.pt'), settings, given)
+        path = config.tokenizer or out / 'vqvae.pt'
+        if saved and (out / 'var.pt').exists():
+            path = out / 'var.pt'                                   # holds the one that was trained on
+        tokenizer = load_tokenizer(Path(path), given)
     tokenizer.to(device)
     replaced = claim_folder(out, config, stages)
     shape, began = tokenizer.config, time.time()
@@ -601,7 +613,8 @@ def main(argv: list[str]):
         fixed = {name: getattr(shape, name) for name in ('vocab_size', 'z_channels', 'scales')}
         var = VAR(make(VARConfig, settings | fixed, num_classes=len(data.class_names))).to(device)
         fit(run, TransformerTask(run, var, tokenizer))
-    print(f'done in {time.time() - began:.0f} s; look at {out}/reconstructions.png, then {out}/samples.png')
+    pictures = [out / dict(vqvae='reconstructions.png', var='samples.png')[stage] for stage in stages]
+    print(f"done in {time.time() - began:.0f} s; look at {' and then at '.join(map(str, pictures))}")
 
 
 if __name__ == '__main__':

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 HEAD_WIDTH = 64
-MAX_SHARPNESS = 100.0             # of cosine attention, see Attention; it starts at 4
+MAX_SHARPNESS = 100.0             # of cosine attention, see Attention
 OFFICIAL_BUFFERS = ('lvl_1L', 'attn_bias_for_masking', 'zero_k_bias')     # in released files, but no weights
 
 
@@ -56,8 +56,8 @@ class VARConfig:
         return HEAD_WIDTH * self.depth
 
     @property
-    def length(self) -> int:
-        return sum(side * side for side in self.scales)
+    def lengths(self) -> list[int]:
+        return [side * side for side in self.scales]                    # tokens of each scale; L is their sum
 
     def __post_init__(self):
         for name in ('depth', 'num_classes', 'vocab_size', 'z_channels'):
@@ -89,18 +89,14 @@ class Attention(nn.Module):
         scale = 1 / math.sqrt(HEAD_WIDTH)       # without unit norm the released code takes a quarter of this
         if self.unit_norm:
             scale, sharpness = 1.0, self.log_scale.clamp_max(math.log(MAX_SHARPNESS)).exp()    # one per head
-            q, k = (unit(q) * sharpness).to(v.dtype), unit(k).to(v.dtype)       # q . k = sharpness * cosine
+            q = (F.normalize(q.float(), dim=-1) * sharpness).to(v.dtype)        # q . k = sharpness * cosine
+            k = F.normalize(k.float(), dim=-1).to(v.dtype)
         if cache is not None:
             end = start + x_BlD.shape[1]
             cache[0, :, :, start:end], cache[1, :, :, start:end] = k, v
             k, v = cache[:, :, :, :end]
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_ll, scale=scale)
         return self.proj(x.transpose(1, 2).flatten(2))
-
-
-def unit(x: Tensor) -> Tensor:
-    """Each vector of the last dimension, at length 1, float32."""
-    return x * x.float().norm(dim=-1, keepdim=True).clamp_min(1e-12).reciprocal()
 
 
 class Block(nn.Module):
@@ -143,10 +139,12 @@ def modulate(x_BlD: Tensor, scale_B1D: Tensor, shift_B1D: Tensor) -> Tensor:
 
 
 class VAR(nn.Module):
+    """The transformer. It is handed the tokenizer where it needs it, and doesn't own it."""
+
     def __init__(self, config: VARConfig):
         super().__init__()
         self.config = config
-        D, L, K, depth = config.width, config.length, len(config.scales), config.depth
+        D, L, K, depth = config.width, sum(config.lengths), len(config.scales), config.depth
         self.class_embedding = nn.Embedding(config.num_classes + 1, D)
         self.start_position = nn.Parameter(torch.empty(1, 1, D))        # as released, on top of position 0
         self.word_embedding = nn.Linear(config.z_channels, D)
@@ -159,7 +157,7 @@ class VAR(nn.Module):
         self.head_adaln = nn.Linear(D, 2 * D)
         self.head = nn.Linear(D, config.vocab_size)
 
-        scale_L = torch.cat([torch.full((side * side,), k) for k, side in enumerate(config.scales)])
+        scale_L = torch.repeat_interleave(torch.arange(K), torch.tensor(config.lengths))
         self.register_buffer('scale_of_token_L', scale_L, persistent=False)
         # block-causal: True where the row's place sees the column's, in all scales up to its own
         self.register_buffer('mask_LL', scale_L[:, None] >= scale_L[None, :], persistent=False)
@@ -201,7 +199,7 @@ class VAR(nn.Module):
             x_BlD = block(x_BlD, condition, mask_ll, None if caches is None else caches[i], start)
         with torch.autocast(x_BlD.device.type, enabled=False):
             scale_B1D, shift_B1D = self.head_adaln(F.silu(class_BD)).unflatten(-1, (2, 1, -1)).unbind(1)
-            return self.head(modulate(x_BlD.float(), scale_B1D, shift_B1D))
+            return self.head(modulate(x_BlD, scale_B1D, shift_B1D))
 
     # --- training
     def forward(self, labels_B: Tensor, inputs_BLC: Tensor) -> Tensor:
@@ -222,24 +220,23 @@ class VAR(nn.Module):
     @torch.no_grad()
     def generate(self, tokenizer, labels_B: Tensor, cfg: float = 1.5, top_k: int = 900, top_p: float = 0.96,
                  noise_BL: Tensor | None = None, return_tokens: bool = False):
-        """Draws one image per label: (B, 3, image_size, image_size) in [-1, 1]; return_tokens adds tokens_BL.
+        """Labels in [0, num_classes] -> images (B, 3, image_size, image_size) in [-1, 1], tokens_BL if asked.
 
         cfg: strength of classifier-free guidance at the last scale; it rises from 0 at the first, as
         released. (Where guidance is written as uncond + s * (cond - uncond), s is 1 + cfg.) top_k, top_p: see
         `draw_tokens`; the defaults are the released code's for FID (paper: top-k 600). noise_BL: one uniform
         number in [0, 1) per token, which alone decides what is drawn; None: from torch's default generator.
         """
-        B, K, L, depth = len(labels_B), len(self.config.scales), self.config.length, self.config.depth
-        lengths = [side * side for side in self.config.scales]
+        B, K, depth, lengths = len(labels_B), len(self.config.scales), self.config.depth, self.config.lengths
         if noise_BL is None:
-            noise_BL = torch.rand(B, L, device=labels_B.device)
+            noise_BL = torch.rand(B, sum(lengths), device=labels_B.device)
         # guidance: the first half of the batch asks for the class, the second half for none in particular
         null_B = torch.full_like(labels_B, self.config.num_classes)
         class_2BD = self.class_embedding(torch.cat([labels_B, null_B]))
         # allocated once for all scales: blocks, key or value, 2B, heads, L, 64; in the type of attention
         device = class_2BD.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else class_2BD.dtype
-        caches = class_2BD.new_empty((depth, 2, 2 * B, depth, L, HEAD_WIDTH), dtype=dtype)
+        caches = class_2BD.new_empty((depth, 2, 2 * B, depth, sum(lengths), HEAD_WIDTH), dtype=dtype)
         positions = self.positions().split(lengths, dim=1)
         x_2BlD = class_2BD[:, None] + self.start_position + positions[0]
         tokens, f_hat = [], 0.0

@@ -23,6 +23,7 @@ Modeling" (Tian et al., arXiv 2404.02905). Where paper and released code differ,
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -181,15 +182,14 @@ def build_decoder(config: VQVAEConfig) -> nn.Sequential:
 class Phi(nn.Conv2d):
     """phi(x) = 0.5 x + 0.5 conv(x): mends what was lost in resizing a coarse token map up."""
 
-    def __init__(self, channels: int):
-        super().__init__(channels, channels, 3, padding=1)
-
     def forward(self, x: Tensor) -> Tensor:
         return 0.5 * x + 0.5 * super().forward(x)
 
 
 # --------------------------------------------------------------------------------------- tokenizer
 class VQVAE(nn.Module):
+    """The tokenizer: encoder, multi-scale residual quantizer, decoder."""
+
     def __init__(self, config: VQVAEConfig):
         super().__init__()
         self.config = config
@@ -198,7 +198,7 @@ class VQVAE(nn.Module):
         self.quant_conv = nn.Conv2d(C, C, 3, padding=1)
         self.post_quant_conv = nn.Conv2d(C, C, 3, padding=1)
         self.codebook = nn.Embedding(config.vocab_size, C)              # one codebook for all scales
-        self.phis = nn.ModuleList(Phi(C) for _ in range(PHIS))
+        self.phis = nn.ModuleList(Phi(C, C, 3, padding=1) for _ in range(PHIS))
         self.phi_table = [phi_of_scale(k, K) for k in range(K)]
         self.scale_lengths = [side * side for side in config.scales]
 
@@ -237,13 +237,12 @@ class VQVAE(nn.Module):
         f_hats carry gradients to the codebook and the phis, none to f.
         """
         residual = f_BCHW.detach()
-        tokens, f_hats = [], []
+        tokens, added = [], []
         for k in range(len(self.config.scales)):
             tokens.append(self.nearest_codes(self.shrink(residual, k)))         # Alg. 1, lines 5 and 6
-            added_BCHW = self.contribution(tokens[-1], k)
-            f_hats.append(f_hats[-1] + added_BCHW if f_hats else added_BCHW)
-            residual = residual - added_BCHW.detach()                           # line 9
-        return torch.cat(tokens, dim=1), f_hats
+            added.append(self.contribution(tokens[-1], k))
+            residual = residual - added[-1].detach()                            # line 9
+        return torch.cat(tokens, dim=1), list(accumulate(added))
 
     @torch.no_grad()
     def encode(self, images_B3HW: Tensor) -> Tensor:
@@ -252,14 +251,11 @@ class VQVAE(nn.Module):
 
     def f_hats(self, tokens_BL: Tensor) -> list[Tensor]:
         """The sums of contributions up to scale 1, 2, ..., K: what `quantize` returned with these tokens."""
-        f_hats = []
-        for k, tokens_Bl in enumerate(tokens_BL.split(self.scale_lengths, dim=1)):
-            added_BCHW = self.contribution(tokens_Bl, k)
-            f_hats.append(f_hats[-1] + added_BCHW if f_hats else added_BCHW)
-        return f_hats
+        maps = tokens_BL.split(self.scale_lengths, dim=1)
+        return list(accumulate(self.contribution(tokens_Bl, k) for k, tokens_Bl in enumerate(maps)))
 
     def decode_f_hat(self, f_hat_BCHW: Tensor) -> Tensor:
-        """Algorithm 2, last line: f_hat -> images, float32, not yet clamped to [-1, 1]."""
+        """Algorithm 2, line 9: f_hat -> images (B, 3, image_size, image_size), not yet clamped to [-1, 1]."""
         return self.decoder(self.post_quant_conv(f_hat_BCHW)).float()
 
     @torch.no_grad()
@@ -298,7 +294,7 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def revive_codes(self, dead_V: Tensor, images_B3HW: Tensor):
-        """Replaces each dead code (True in the mask) by a vector that the quantizer meets in these images.
+        """Replaces each dead code (True in dead_V) by a vector that the quantizer meets in these images.
 
         That is a residual of a scale taken at random, so that the coarse scales, where collapse is worst, get
         as many codes as the fine ones. Uses torch's default generator.
