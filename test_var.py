@@ -284,7 +284,7 @@ def test_draw_inverts_the_cdf_that_top_k_and_top_p_leave(top_k, top_p):
 
 
 def test_noise_at_the_steps_and_ends_of_the_cdf_draws_a_kept_token():
-    quarters = torch.arange(4)[None] / 4                                # four equal tokens: a quarter draws each
+    quarters = torch.arange(4)[None] / 4                    # four equal tokens: a quarter draws each
     assert sorted(var_module.draw_tokens(torch.zeros(1, 4, 4), quarters, 0, 0.0)[0].tolist()) == [0, 1, 2, 3]
     logits = torch.tensor([[[0.0, 9.0, 8.0, -50.0]]])
     for top_k, top_p, last in [(2, 0.0, 2), (0, 0.99, 2), (1, 0.5, 1), (3, 0.0, 0)]:
@@ -576,7 +576,7 @@ def complaint(main, arguments, capsys, monkeypatch) -> str:
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         sample.run_command(main)
-    lines = capsys.readouterr().err.splitlines()                    # perhaps a progress bar, then the one line
+    lines = capsys.readouterr().err.splitlines()            # perhaps a progress bar, then the one line
     assert stop.value.code == 2 and lines[-1].startswith('error: '), lines
     assert not [line for line in lines[:-1] if line and 'it/s' not in line and 's/it' not in line], lines
     return lines[-1]

@@ -421,8 +421,8 @@ def fit(run: 'Run', task):
         if is_log or is_save:
             if not math.isfinite(loss.item()):
                 bar.close()
-                raise UserError(f'{task.name}: the loss is {loss.item()} at step {step + 1}; the last save stands; '
-                                f'try a lower --{task.name}-lr')
+                raise UserError(f'{task.name}: the loss is {loss.item()} at step {step + 1}; the last save '
+                                f'stands; try a lower --{task.name}-lr')
         if is_log:
             row, speed = average(rows, [1] * len(rows)), len(rows) * len(images) / (time.time() - began)
             tokens_per_s = speed * sum(side * side for side in model.config.scales)
