@@ -54,7 +54,8 @@ def run_command(main):
     try:
         main(sys.argv[1:])
     except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
+        rank = os.environ.get('RANK', '0')                  # set by torchrun, for train.py
+        print(f"error: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
@@ -110,14 +111,19 @@ def autocast(device: torch.device, dtype: str):
 
 
 # ----------------------------------------------------------------------------------------------- checkpoints
-def save_file(path: Path, write):
-    """write(file) into a temporary file beside path, which then takes path's place: whole or not at all."""
+def save_file(path: Path, write, previous: Path | None = None):
+    """write(file) into a temporary file beside path, which then takes path's place: whole or not at all.
+
+    What stood at path is kept as `previous`, if that is named.
+    """
     temporary = path.with_name(path.name + '.tmp')
     try:
         with open(temporary, 'wb') as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:                # torch.save says RuntimeError of a full disk
         raise UserError(f'{path}: cannot be written ({one_line(error)})') from None
@@ -125,8 +131,8 @@ def save_file(path: Path, write):
         temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(path: Path, kind: str, **content):
-    save_file(path, lambda file: torch.save(dict(kind=kind, **content), file))
+def save_checkpoint(path: Path, kind: str, previous: Path | None = None, **content):
+    save_file(path, lambda file: torch.save(dict(kind=kind, **content), file), previous)
 
 
 def read_checkpoint(path: str | Path, kinds: tuple[str, ...]) -> dict:
@@ -228,6 +234,27 @@ def grid(images: Tensor, columns: int) -> Image.Image:
         y, x = i // columns * (H + 2), i % columns * (W + 2)
         sheet[y:y + H, x:x + W] = picture
     return Image.fromarray(sheet).resize((sheet.shape[1] * zoom, sheet.shape[0] * zoom), Image.NEAREST)
+
+
+def read_picture(path: str | Path, size: int, random: np.random.Generator | None = None) -> np.ndarray:
+    """A picture file as the released code crops it: uint8 (size, size, 3).
+
+    Its shorter side would become 1.125 * size, of which a square is cut: at random, or in the centre. One
+    resize of the box under that square gives the same pixels as resizing all of it, and a JPEG much larger
+    than needed is decoded at a half, a quarter or an eighth of its size. Errors are Pillow's.
+    """
+    with Image.open(path) as picture:
+        shorter = round(1.125 * size)
+        picture.draft('RGB', (2 * shorter, 2 * shorter))    # twice: LANCZOS has the last word
+        picture = picture.convert('RGB')
+    w, h = picture.size
+    W, H = (shorter, int(shorter * h / w)) if w <= h else (int(shorter * w / h), shorter)
+    if random is None:
+        x, y = round((W - size) / 2), round((H - size) / 2)
+    else:
+        x, y = int(random.integers(W - size + 1)), int(random.integers(H - size + 1))
+    box = (x * w / W, y * h / H, (x + size) * w / W, (y + size) * h / H)
+    return np.asarray(picture.resize((size, size), Image.LANCZOS, box=box))
 
 
 PICTURE_FORMATS = {'.png': 'PNG', '.jpg': 'JPEG'}

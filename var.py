@@ -157,7 +157,7 @@ class VAR(nn.Module):
         self.head_adaln = nn.Linear(D, 2 * D)
         self.head = nn.Linear(D, config.vocab_size)
 
-        scale_L = torch.repeat_interleave(torch.arange(K), torch.tensor(config.lengths))
+        scale_L = torch.cat([torch.full((length,), k) for k, length in enumerate(config.lengths)])
         self.register_buffer('scale_of_token_L', scale_L, persistent=False)
         # block-causal: True where the row's place sees the column's, in all scales up to its own
         self.register_buffer('mask_LL', scale_L[:, None] >= scale_L[None, :], persistent=False)

@@ -113,22 +113,14 @@ class AttentionBlock(nn.Module):
         return x + self.proj(h.squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:]))
 
 
-class Downsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))            # padded on the right and below only, as released
+def downsample(channels: int) -> nn.Sequential:
+    pad = nn.ZeroPad2d((0, 1, 0, 1))                        # on the right and below only, as released
+    return nn.Sequential(OrderedDict(pad=pad, conv=nn.Conv2d(channels, channels, 3, stride=2)))
 
 
-class Upsample(nn.Module):
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode='nearest'))
+def upsample(channels: int) -> nn.Sequential:
+    enlarge = nn.Upsample(scale_factor=2.0, mode='nearest')
+    return nn.Sequential(OrderedDict(enlarge=enlarge, conv=nn.Conv2d(channels, channels, 3, padding=1)))
 
 
 def middle(width: int, attention: bool) -> OrderedDict:
@@ -152,7 +144,7 @@ def build_encoder(config: VQVAEConfig) -> nn.Sequential:
             if config.attention and i == last:
                 layers[f'down_{i}_attn_{j}'] = AttentionBlock(width)
         if i < last:
-            layers[f'down_{i}_downsample'] = Downsample(width)
+            layers[f'down_{i}_downsample'] = downsample(width)
     layers |= middle(width, config.attention)
     layers |= dict(norm_out=norm(width), silu=nn.SiLU())
     layers['conv_out'] = nn.Conv2d(width, config.z_channels, 3, padding=1)
@@ -172,7 +164,7 @@ def build_decoder(config: VQVAEConfig) -> nn.Sequential:
             if config.attention and i == last:
                 layers[f'up_{i}_attn_{j}'] = AttentionBlock(width)
         if i > 0:
-            layers[f'up_{i}_upsample'] = Upsample(width)
+            layers[f'up_{i}_upsample'] = upsample(width)
     layers |= dict(norm_out=norm(width), silu=nn.SiLU())
     layers['conv_out'] = nn.Conv2d(width, 3 * config.patch_size ** 2, 3, padding=1)
     layers['shuffle'] = nn.PixelShuffle(config.patch_size)
@@ -184,6 +176,22 @@ class Phi(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return 0.5 * x + 0.5 * super().forward(x)
+
+
+class Discriminator(nn.Sequential):
+    """PatchGAN: images (B, 3, H, W) in [-1, 1] -> how real each patch looks, (B, 1, about H / 8, W / 8).
+
+    The network of pix2pix (Isola et al., 2017), whose verdicts see 70x70 pixels each, but with GroupNorm for
+    BatchNorm: what it says of a picture then depends neither on the batch nor on how many GPUs share it.
+    Needs images of 24 pixels or more.
+    """
+
+    def __init__(self, channels: int = 64):
+        layers = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        for i, stride in enumerate((2, 2, 1)):
+            width = channels * 2 ** i
+            layers += [nn.Conv2d(width, 2 * width, 4, stride, padding=1), norm(2 * width), nn.LeakyReLU(0.2)]
+        super().__init__(*layers, nn.Conv2d(8 * channels, 1, 4, padding=1))
 
 
 # --------------------------------------------------------------------------------------- tokenizer
@@ -293,13 +301,12 @@ class VQVAE(nn.Module):
         return self.decode_f_hat(straight_through), vq_loss / len(f_hats), tokens_BL
 
     @torch.no_grad()
-    def revive_codes(self, dead_V: Tensor, images_B3HW: Tensor):
-        """Replaces each dead code (True in dead_V) by a vector that the quantizer meets in these images.
+    def revive_codes(self, dead_V: Tensor, f: Tensor):
+        """Replaces each dead code (True in dead_V) by a vector that the quantizer meets in these features.
 
         That is a residual of a scale taken at random, so that the coarse scales, where collapse is worst, get
         as many codes as the fine ones. Uses torch's default generator.
         """
-        f = self.features(images_B3HW)
         f_hats_before = [torch.zeros_like(f), *self.quantize(f)[1][:-1]]
         dead = int(dead_V.sum())
         candidates = []
