@@ -55,7 +55,9 @@ def run_command(main):
         main(sys.argv[1:])
     except UserError as error:
         rank = os.environ.get('RANK', '0')                  # set by torchrun, for train.py
-        print(f"error: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr)
+        print(f"error: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
+        if 'TORCHELASTIC_RUN_ID' in os.environ:
+            os._exit(2)                                     # at once, because the others wait for this one
         sys.exit(2)
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)

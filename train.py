@@ -163,6 +163,11 @@ def start_processes():
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
 
 
+def leave_processes():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def all_sum(tensor: Tensor) -> Tensor:
     """The sum over all processes, in place, the same to the bit in each."""
     if dist.is_initialized():
@@ -182,7 +187,7 @@ def rank_0_first():
             all_sum(failed)
     else:
         if all_sum(failed):
-            sys.exit(2)
+            os._exit(2)
         yield
 
 
@@ -432,9 +437,10 @@ def collate(items: list) -> tuple[Tensor, Tensor, list[str]]:
     return images, torch.tensor(np.array(labels)), sum(broken, [])
 
 
-def leave_signals_to_the_parent(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def stand_apart(_):
+    """Workers outlive a Ctrl-C at the terminal, so that the step can be finished, but not their parent."""
+    os.setpgrp()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)           # by which the parent ends them
 
 
 class FolderData(Data):
@@ -475,7 +481,7 @@ class FolderData(Data):
     def load(self, reader: PictureReader, keys):
         """Pictures (b, 3, S, S) in [-1, 1] and labels, batch by batch as the keys say."""
         loader = DataLoader(reader, batch_sampler=keys, num_workers=self.workers, collate_fn=collate,
-                            worker_init_fn=leave_signals_to_the_parent, pin_memory=self.device.type == 'cuda')
+                            worker_init_fn=stand_apart, pin_memory=self.device.type == 'cuda')
         for images, labels, broken in loader:
             self.count_broken(broken)
             yield to_float(images.to(self.device, non_blocking=True)), labels.to(self.device)
@@ -837,6 +843,7 @@ def fit(run: 'Run', task: Task):
             bar.close()
             say(f'stopped at step {step + 1} of {task.steps} of {task.name}, all saved; to go on: '
                 f'{run.resume_command()}')
+            leave_processes()
             sys.exit(128 + stop_signal)
 
 
@@ -908,11 +915,12 @@ class Run:
 
     def check_finite(self, task: Task, rows: list[dict], step: int, bar: tqdm):
         """Stops the run where a metric is not a number any more: nothing is saved after that."""
-        bad = [(i, name) for i, row in enumerate(rows) for name in row if not math.isfinite(row[name])]
+        bad = [(i, '_' not in name, name) for i, row in enumerate(rows) for name in row
+               if not math.isfinite(row[name])]
         if not bad:
             return
         bar.close()
-        i, name = bad[0]
+        i, _, name = min(bad, key=lambda found: found[:2])      # the first step, and there a scale if any
         passes = self.data.share // self.micro_batch_size
         step -= (len(rows) - 1 - i) // passes
         saved = 'the last save stands' if (self.out / 'last.pt').exists() else 'nothing was saved yet'
@@ -945,7 +953,7 @@ class Run:
 
     def log(self, step: int, split: str, **row):
         if rank() == 0:
-            row = {name: f'{value:.6g}' for name, value in row.items()}
+            row = {name: f'{value:.7g}' for name, value in row.items()}
             self.writer.writerow(dict(step=step, split=split) | row)
             self.file.flush()
 
@@ -1011,8 +1019,8 @@ def cost(settings: dict) -> dict:
 
 def print_cost(settings: dict):
     row, config = cost(settings), make(TrainConfig, settings)
-    print('| model | parameters | GFLOPs an image, training | sampling | GiB a GPU, images at once | steps '
-          f'| hours on {config.gpus} GPUs of {config.tflops:g} TFLOP/s, at an assumed MFU of {config.mfu:g} |')
+    print('| model | parameters | GFLOPs an image, training | sampling | GiB a GPU, pictures at once | steps '
+          f'| hours on {config.gpus} GPUs of {config.tflops:g} TFLOP/s at an assumed MFU of {config.mfu:g} |')
     print('|---|---|---|---|---|---|---|')
     print(f"| {config.preset}, d{row['depth']} | {row['parameters']:,} | {row['training'] / 1e9:,.0f} | "
           f"{row['sampling'] / 1e9:,.0f} | {row['memory'] / 2 ** 30:.0f}, {row['micro_batch_size']} | "
@@ -1178,8 +1186,7 @@ def train(config: TrainConfig, settings: dict, given: dict, saved: dict | None):
             fit(run, TransformerTask(run, var, tokenizer))
     pictures = [out / dict(vqvae='reconstructions.png', var='samples.png')[stage] for stage in stages]
     say(f"done in {time.time() - began:.0f} s; look at {' and then at '.join(map(str, pictures))}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_processes()
 
 
 def check_data(data: Data, saved: dict | None):
