@@ -838,7 +838,7 @@ def test_a_run_that_is_killed_and_resumed_ends_as_if_nothing_had_been(ranks, kil
     seed = random.randrange(10 ** 6)
     print(f'moments of the kills: seed {seed}')
     moments = random.Random(seed)
-    flags = TINY + f'--vqvae-steps {4 + 4 * kills} --var-steps {4 + 4 * kills} --log-every-steps 3 '
+    flags = TINY + f'--vqvae-steps {8 * kills} --var-steps {8 * kills} --log-every-steps 3 '
     calm = finish(start(flags, tmp_path / 'calm', ranks), tmp_path / 'calm')
     out, last, done = tmp_path / 'run', tmp_path / 'run/last.pt', 0
     while done < kills:
@@ -895,11 +895,15 @@ def test_two_processes_train_as_one_and_a_batch_may_be_cut_into_parts(tmp_path):
             gaps = np.abs(losses(two, stage) - losses(one, stage))
             print(stage, gaps.max())
             assert len(gaps) == 20 and gaps.max() <= 1e-5
-    train.main(['--resume', '--out', str(both[1])])             # finished, but open to another number of them
+    # stage 2 once more, from where two processes finished stage 1, but by one: it keeps the parts of 2
+    before = losses(both[1], 'var')
+    os.remove(both[1] / 'last.pt')
+    train.main(['--resume', '--out', str(both[1])])
+    assert np.abs(losses(both[1], 'var') - before).max() <= 1e-5
 
 
 @pytest.mark.slow
-def test_a_rank_that_fails_brings_the_others_down_with_its_message(tmp_path):
+def test_a_rank_that_fails_brings_the_others_down_with_its_message(tiny_run, tmp_path):
     """Rank 1 fails in the middle of a run; sees other pictures; rank 0 alone complains of what all see."""
     folder, other = (write_pictures(tmp_path / name, count) for name, count in (('a', 30), ('b', 33)))
     script = tmp_path / 'launch.py'
@@ -918,12 +922,17 @@ if os.environ['RANK'] == '1':
         train.ArrayData.batch = fail
 sample.run_command(train.main)
 """)
-    for flags, words in [('', 'error: rank 1: this rank has had enough'),
-                         (f'--data-dir {folder}', f'error: --data-dir {folder}: rank 1 sees other pictures'),
-                         ('--batch-size 9', 'error: --batch-size 9: 2 processes cannot share it; 8 would do')]:
-        out = tmp_path / 'run'
+    out = tmp_path / 'run'
+    shutil.copytree(tiny_run, out)
+    last = (out / 'last.pt').read_bytes()
+    for flags, words in [
+            ('--resume', 'error: --micro-batch-size 8: must divide 4, the share of each of 2 processes'),
+            (TINY + '--overwrite --batch-size 9', 'error: --batch-size 9: 2 processes cannot share it; 8'),
+            (TINY + f'--overwrite --data-dir {folder}', f'error: --data-dir {folder}: rank 1 sees other'),
+            (TINY + '--overwrite', 'error: rank 1: this rank has had enough')]:
+        assert (out / 'last.pt').read_bytes() == last           # nothing is lost by a mistake
         began = time.time()
-        finish(start(TINY + '--overwrite ' + flags, out, 2, script), out, status=1)
+        finish(start(flags, out, 2, script), out, status=1)     # torchrun's own status is 1
         assert 'terminate called' not in said(out) and '(exitcode: 2)' in said(out), said(out)
         assert said(out).count(words) == 1 and f'{HERE}/train.py", line' not in said(out), said(out)
         assert time.time() - began < 60                         # a hang would last for ever
@@ -1154,13 +1163,21 @@ def test_a_full_disk_or_a_loss_that_explodes_leaves_the_last_save(tiny_run, tmp_
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, unlimited[1]))
     try:
         with pytest.raises(sample.UserError, match='model.pt: cannot be written'):
-            sample.save_checkpoint(path, 'var', weights=torch.zeros(100_000))
+            sample.save_checkpoint(path, 'var', tmp_path / 'previous.pt', weights=torch.zeros(100_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert path.read_text() == 'old' and list(tmp_path.iterdir()) == [path]
     flags = [*TINY.split(), '--vqvae-lr', 1e30, '--out', tmp_path / 'run']
     error = complaint(train.main, flags, capsys, monkeypatch)
-    assert 'nan' in error and '--vqvae-lr' in error and not (tmp_path / 'run/vqvae.pt').exists()
+    assert 'nothing was saved yet' in error and '--vqvae-lr below 1e+30' in error
+    assert not (tmp_path / 'run/vqvae.pt').exists()
+    shutil.copytree(tiny_run, tmp_path / 'next')
+    before = (tmp_path / 'next/vqvae.pt').read_bytes()
+    os.remove(tmp_path / 'next/var.pt')
+    flags = [*TINY.split(), '--stage', 'var', '--var-lr', 1e30, '--var-steps', 8, '--out', tmp_path / 'next']
+    error = complaint(train.main, [*flags, '--overwrite', '--log-every-steps', 6], capsys, monkeypatch)
+    step = int(re.search(r'var: loss of scale 1x1 is (?:nan|inf) at step (\d+)', error)[1])
+    assert 2 <= step <= 3 and (tmp_path / 'next/vqvae.pt').read_bytes() == before       # lr 1e28 at step 1
 
 
 # ---------------------------------------------------------------------------------------------- README
