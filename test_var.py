@@ -993,7 +993,7 @@ def test_a_dry_run_prints_its_row_and_allocates_nothing(capsys, tmp_path, monkey
     text = capsys.readouterr().out
     assert '| imagenet256, d30 | 2,010,020,356 |' in text
     assert '64 GPUs of 312 TFLOP/s at an assumed MFU of 0.3' in text
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000    # KiB; the weights are 8 GB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000    # KiB; weights: 8 GB
     assert not list(tmp_path.iterdir())
 
 
@@ -1188,7 +1188,7 @@ COMMANDS = [line for block in re.findall(r'```bash\n(.*?)```', README, re.S) for
 def python_commands(script: str) -> list[list[str]]:
     """The arguments of each `python script ...` in README and in the files' own headers."""
     text = '\n'.join([*COMMANDS, sample.__doc__, train.__doc__, ''])
-    found = re.findall(rf'python {script}(.*?)(?:&&|\n)', text)
+    found = re.findall(rf'(?:python|torchrun --nproc-per-node 8) {script}(.*?)(?:&&|\n)', text)
     return [shlex.split(flags, comments=True) for flags in found]
 
 
