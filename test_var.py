@@ -695,7 +695,7 @@ def tokenizer_task(out: Path, **settings) -> train.TokenizerTask:
     config = train.TrainConfig(train_count=16, val_count=4, batch_size=4, **settings)
     data = train.ArrayData(config, 32, torch.device('cpu'))
     model = VQVAE(VQVAEConfig(channels=32, z_channels=4, vocab_size=16, scales=(1, 2, 8)))
-    return train.TokenizerTask(train.Run({}, config, out, data, 4, None, []), model)
+    return train.TokenizerTask(train.Run({}, config, out, data, 4, None, [], []), model)
 
 
 def test_a_patch_of_the_discriminator_is_70_pixels():
@@ -1030,7 +1030,12 @@ WRONG_FLAGS = """
     train.py --stage var                            | no tokenizer; --tokenizer
     train.py --stage var --tokenizer no.pt          | no.pt; --tokenizer
     train.py --out RUN/var.csv/run                  | cannot be written; --out
-    train.py --resume                               | --resume; without --resume
+    train.py --resume                               | --resume; holds no run
+    train.py --preset imagenet256                   | --preset imagenet256; --data-dir
+    train.py --mfu 2                                | --mfu 2; (0, 1]
+    train.py --micro-batch-size 7                   | --micro-batch-size 7; must divide 32
+    train.py --discriminator-channels 20            | --discriminator-channels 20; multiple of 16
+    train.py --adversarial-weight 1 --image-size 16 --scales 1 4 --stage vqvae  | --adversarial-weight; 24
     train.py --preset cifar10 --data-dir nowhere    | nowhere; no such folder
     train.py --preset cifar10 --image-size 64 --scales 1 16   | --image-size 64; 32
     sample.py RUN/var.pt --labels 10                | --labels 10; 0 to 9; heart
@@ -1111,9 +1116,11 @@ def test_a_run_is_not_written_over_unless_asked(tiny_run, tmp_path, capsys, monk
     error = complaint(train.main, [*TINY.split(), '--stage', 'vqvae', '--out', out], capsys, monkeypatch)
     assert '--resume' in error
     before['last.pt'] = before['previous.pt']
-    flags = [*TINY.split(), '--overwrite', '--batch-size', 99, '--out', out]
-    assert '--batch-size 99' in complaint(train.main, flags, capsys, monkeypatch)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    for flags, word in [('--batch-size 99', 'only 64'),
+                        ('--adversarial-weight 1 --image-size 16 --scales 1 4', '24 pixels')]:
+        flags = f'{TINY} --overwrite --out {out} {flags}'.split()
+        assert word in complaint(train.main, flags, capsys, monkeypatch)
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     run('--overwrite --seed 1', out)
     assert not same_weights(out / 'var.pt', tiny_run / 'var.pt', 'var')
     train.main(['--resume', '--out', str(out)])                     # nothing left to do, and nothing lost

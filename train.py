@@ -790,22 +790,21 @@ def training_step(run: 'Run', task: Task, step: int) -> list[dict]:
     return rows
 
 
-def agreed(rows: list[dict], device: torch.device) -> list[dict[str, float]]:
+def agreed(rows: list[dict[str, Tensor]]) -> list[dict[str, float]]:
     """The rows, averaged over all processes."""
-    values = [value for row in rows for value in row.values()]
-    table = torch.stack([torch.as_tensor(value, device=device, dtype=torch.float64) for value in values])
-    means = iter((all_sum(table) / world_size()).tolist())
+    values = torch.stack([value.float() for row in rows for value in row.values()])
+    means = iter((all_sum(values.cpu().double()) / world_size()).tolist())
     return [{name: next(means) for name in row} for row in rows]
 
 
 def fit(run: 'Run', task: Task):
     """The training loop of both stages."""
     config, model, data = run.config, task.model, run.data
-    start, rows = run.restore(task)
+    start, known = run.restore(task)            # known: metrics since the last line of the log
     run.open_log(task, start)
     count = sum(parameter.numel() for parameter in model.parameters())
     say(f'{task.name}: {count / 1e6:.2f}M parameters, steps {start} to {task.steps}')
-    images_since, began = 0, time.time()
+    rows, images_since, began = [], 0, time.time()
     bar = tqdm(range(start, task.steps), desc=task.name, initial=start, total=task.steps, disable=rank() > 0)
     for step in bar:
         lr = set_schedule(task, step)
@@ -817,14 +816,14 @@ def fit(run: 'Run', task: Task):
         is_save = at_end or (step + 1) % config.save_every_steps == 0
         stop_signal = run.stop_signal()
         if is_log or is_save or stop_signal:
-            rows = agreed(rows, data.device)
-            run.check_finite(task, rows, step, bar)
+            known, rows = known + agreed(rows), []
+            run.check_finite(task, known, step, bar)
         if is_log:
-            row, speed = average(rows), images_since / (time.time() - began)
+            row, speed = average(known), images_since / (time.time() - began)
             tokens_per_s = speed * sum(side * side for side in model.config.scales)
             run.log(step + 1, 'train', lr=lr, images_per_s=speed, tokens_per_s=tokens_per_s, **row)
             bar.set_postfix_str(f'{task.columns[0]} {row[task.columns[0]]:.3f}, {speed:.0f} images/s')
-            rows, images_since, began = [], 0, time.time()
+            known, images_since, began = [], 0, time.time()
         if is_save:
             paused = time.time()
             model.eval()
@@ -838,7 +837,7 @@ def fit(run: 'Run', task: Task):
                 task.save()
             began += time.time() - paused
         if is_save or stop_signal:
-            run.save(task, step + 1, rows)
+            run.save(task, step + 1, known)
         if stop_signal:
             bar.close()
             say(f'stopped at step {step + 1} of {task.steps} of {task.name}, all saved; to go on: '
@@ -882,6 +881,7 @@ class Run:
     data: Data
     micro_batch_size: int
     saved: dict | None
+    replaced: list[Path]                        # of an earlier run, to be removed when this one begins
     signals: list[int]                          # SIGINT, SIGTERM that came
 
     def stop_signal(self) -> int:
@@ -938,6 +938,8 @@ class Run:
         """The stage's CSV: a new one, or on resuming the old one up to the step resumed from."""
         if rank() > 0:
             return
+        while self.replaced:
+            self.replaced.pop().unlink(missing_ok=True)
         path, rows = self.out / f'{task.name}.csv', []
         if start and path.exists():
             with open(path, newline='') as file:
@@ -958,16 +960,16 @@ class Run:
             self.file.flush()
 
 
-def read_resume(out: Path) -> dict:
+def read_resume(out: Path) -> dict | None:
     """last.pt, or previous.pt where that is torn (and then out of the way of the next save)."""
     for path in (out / 'last.pt', out / 'previous.pt'):
         if path.exists():
             try:
                 return sample.read_checkpoint(path, ('resume',))
             except UserError as error:
-                print(f'passed over: {error}')
+                say(f'passed over: {error}')
                 path.replace(path.with_suffix('.torn'))
-    raise UserError(f'--resume: {out} holds no run that can be resumed; start one without --resume')
+    return None
 
 
 # ---------------------------------------------------------------------------------------- what a run costs
@@ -1067,7 +1069,9 @@ def resolve(given: dict) -> tuple[dict, dict | None]:
     check(preset in PRESETS, f"--preset {preset}: must be one of {', '.join(PRESETS)}")
     check(not (given.get('resume') and given.get('overwrite')), '--resume, --overwrite: say one or the other')
     if given.get('resume') and not given.get('dry_run'):
-        saved = read_resume(Path(given.get('out', f'out/{preset}')))
+        out = given.get('out', f'out/{preset}')
+        saved = read_resume(Path(out))
+        check(saved is not None, f'--resume: {out} holds no run that can be resumed; start one without it')
         for name, value in given.items():
             had = saved['settings'].get(name)
             check(name in CHANGEABLE or had == value, f'{flag(name)} {value}: the run to resume has {had}; '
@@ -1098,13 +1102,13 @@ def divide_batch(config: TrainConfig) -> int:
 
 
 def claim_folder(out: Path, config: TrainConfig, stages: list[str]) -> list[Path]:
-    """Makes the folder of a run. Refuses one that holds a run, or returns which files are to be replaced."""
+    """Makes the folder of a run. Refuses one that holds a run, or returns which files are to be removed."""
     sample.prepare_folder(out, '--out')
     held = [out / f'{stage}.pt' for stage in stages if (out / f'{stage}.pt').exists()]
     if not (config.resume or config.overwrite):
-        unfinished = (out / 'last.pt').exists() and read_resume(out)['unfinished']
-        check(not (held or unfinished), f'--out {out}: already holds a run; --resume goes on with it, '
-              '--overwrite replaces it, or choose another --out')
+        last = read_resume(out)
+        check(not (held or last and last['unfinished']), f'--out {out}: already holds a run; --resume goes '
+              'on with it, --overwrite replaces it, or choose another --out')
     return [*held, out / 'last.pt', out / 'previous.pt'] if config.overwrite else []
 
 
@@ -1165,9 +1169,6 @@ def train(config: TrainConfig, settings: dict, given: dict, saved: dict | None):
     shape, began = tokenizer.config, time.time()
     data = load_data(config, shape.image_size, device)
     check_data(data, saved)
-    if rank() == 0:
-        for path in replaced:
-            path.unlink(missing_ok=True)
 
     kept = {name: value for name, value in settings.items() if name not in ('out', 'resume', 'overwrite')}
     kept['micro_batch_size'] = micro_batch_size
@@ -1175,7 +1176,7 @@ def train(config: TrainConfig, settings: dict, given: dict, saved: dict | None):
         f'{len(data.class_names)} classes, {sum(tokenizer.scale_lengths)} tokens each, scales '
         f'{shape.scales}, on {world_size()} x {device.type}')
     with signals_noted() as signals:
-        run = Run(kept, config, out, data, micro_batch_size, saved, signals)
+        run = Run(kept, config, out, data, micro_batch_size, saved, replaced, signals)
         if 'vqvae' in stages:
             fit(run, TokenizerTask(run, tokenizer))
             tokenizer.requires_grad_(False)
