@@ -39,6 +39,10 @@ class UserError(Exception):
     """Something that the user can mend: one line says what was wrong and what would do."""
 
 
+class TornError(UserError):
+    """A checkpoint that is not whole."""
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, and which takes no abbreviated flags."""
 
@@ -57,6 +61,7 @@ def run_command(main):
         rank = os.environ.get('RANK', '0')                  # set by torchrun, for train.py
         print(f"error: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
         if 'TORCHELASTIC_RUN_ID' in os.environ:
+            sys.stdout.flush()
             os._exit(2)                                     # at once, because the others wait for this one
         sys.exit(2)
     except KeyboardInterrupt:
@@ -142,8 +147,10 @@ def read_checkpoint(path: str | Path, kinds: tuple[str, ...]) -> dict:
     check(Path(path).is_file(), f'{path}: no such file')
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read ({one_line(error)})') from None
     except Exception as error:                              # torch.load fails in many ways on a torn file
-        raise UserError(f'{path}: torn, or no checkpoint at all ({one_line(error)})') from None
+        raise TornError(f'{path}: torn, or no checkpoint at all ({one_line(error)})') from None
     check(isinstance(checkpoint, dict), f'{path}: holds no checkpoint')
     kind = checkpoint.get('kind', 'other')
     check(kind in kinds, f"{path}: a checkpoint of kind '{kind}', but '{kinds[0]}' is needed here")

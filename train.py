@@ -81,7 +81,7 @@ class TrainConfig:
     var_lr: float = 4e-3                # peak learning rate of stage 2 per 256 pictures of batch
     last_lr: float = 0.01               # learning rate of the last step as a share of the peak
     weight_decay: float = 0.05
-    last_weight_decay: float | None = None  # reached by a cosine; absent: weight_decay throughout
+    last_weight_decay: float | None = None  # of stage 2, reached by a cosine; absent: weight_decay throughout
     revive_every_steps: int = 20        # how often stage 1 looks for dead codes, in its first three quarters
     perceptual_weight: float = 0.0      # of LPIPS in stage 1; above 0 needs the package lpips
     adversarial_weight: float = 0.0     # of the discriminator's verdict in stage 1; 0: no discriminator
@@ -132,9 +132,9 @@ PRESETS = {                             # learning rates are per 256 pictures: 0
                         res_blocks=2, attention=True, z_channels=32, vocab_size=4096,
                         scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), depth=16, vqvae_epochs=40, vqvae_lr=1e-4,
                         adversarial_weight=0.5, discriminator_start=20_000, val_count=5000,
-                        save_every_steps=2000),
+                        save_every_steps=2000, micro_batch_size=8),
 }
-PRESETS['imagenet512'] = PRESETS['imagenet256'] | dict(image_size=512, depth=36,
+PRESETS['imagenet512'] = PRESETS['imagenet256'] | dict(image_size=512, depth=36, micro_batch_size=2,
                                                        scales=(1, 2, 3, 4, 6, 9, 13, 18, 24, 32))
 RECIPES = {                             # of the released transformers, from this depth on; for the two above
     0: dict(batch_size=768, var_epochs=200, var_lr=1e-4, adaln_gamma_init=1e-3, last_lr=0.1),
@@ -164,7 +164,9 @@ def start_processes():
 
 
 def leave_processes():
+    """All leave together, when rank 0 has written everything: torchrun ends those that stay behind."""
     if dist.is_initialized():
+        all_sum(torch.zeros(()))
         dist.destroy_process_group()
 
 
@@ -173,6 +175,14 @@ def all_sum(tensor: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def everyones(value) -> list:
+    """The value that each process has."""
+    found = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(found, value)
+    return found
 
 
 @contextmanager
@@ -210,7 +220,7 @@ def unsynchronised(modules, really: bool):
 
 def seed_of(*numbers: int) -> int:
     """One seed from several numbers: different for different ones, whatever their size."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)[0] >> 1)
 
 
 # ------------------------------------------------------------------------------------------------------ data
@@ -329,6 +339,9 @@ class Data:
         first = place * self.config.batch_size + rank() * self.share
         return epoch, self.order[first:first + self.share]
 
+    def agree_on_broken(self):
+        """Pictures in memory are whole."""
+
     def val_numbers(self, size: int) -> tuple[Tensor, ...]:
         """Which held-out pictures are this process's, `size` at a time."""
         return torch.arange(rank(), self.val_count, world_size()).split(size)
@@ -407,16 +420,17 @@ class PictureReader(Dataset):
     """What worker processes do. Its key is (epoch, number): the crop follows from both; epoch -1 cuts the
     centre. Gives the picture, its label, and why others could not be read: then its neighbour stands in."""
 
-    def __init__(self, pictures: list[tuple[str, str]], class_names: list[str], size: int, config):
+    def __init__(self, pictures: list[tuple[str, str]], class_names: list[str], size: int, config,
+                 allowed: float):
         # arrays, because forked workers would copy a list page by page as they count references to its parts
         self.paths = np.array([os.fsencode(path) for path, _ in pictures])
         self.labels = np.searchsorted(class_names, [class_name for _, class_name in pictures])
-        self.size, self.flip, self.seed = size, config.flip, config.seed
+        self.size, self.flip, self.seed, self.allowed = size, config.flip, config.seed, allowed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, int, list[str]]:
         epoch, number = key
         broken = []
-        while len(broken) <= 0.01 * len(self.paths):
+        while len(broken) <= self.allowed:
             path = os.fsdecode(self.paths[number])
             random = np.random.default_rng((self.seed, epoch, number)) if epoch >= 0 else None
             try:
@@ -427,7 +441,7 @@ class PictureReader(Dataset):
             except Exception as error:                      # Pillow fails in many ways on a broken file
                 broken.append(f'{path} ({one_line(error)})')
                 number = (number + 1) % len(self.paths)
-        return np.zeros((self.size, self.size, 3), np.uint8), 0, broken     # the run stops at `broken`
+        return np.zeros((self.size, self.size, 3), np.uint8), 0, broken     # more than the run puts up with
 
 
 def collate(items: list) -> tuple[Tensor, Tensor, list[str]]:
@@ -471,11 +485,13 @@ class FolderData(Data):
             train = [train[i] for i in sorted(random.permutation(len(train))[:config.train_count])]
         text = '\n'.join(os.path.relpath(path, folder) for path, _ in train + val)
         self.fingerprint = hashlib.md5(os.fsencode(text)).hexdigest()
-        self.reader, self.val_reader = (PictureReader(pictures, self.class_names, image_size, config)
-                                        for pictures in (train, val))
+        self.allowed = 0.01 * len(train + val)                          # so many may be broken
+        self.reader, self.val_reader = (
+            PictureReader(pictures, self.class_names, image_size, config, self.allowed)
+            for pictures in (train, val))
         cores = os.cpu_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         self.workers = min(12, max(1, cores - 1)) if config.workers is None else config.workers
-        self.broken, self.next_step, self.batches = set(), None, None
+        self.broken, self.named, self.next_step, self.batches = set(), set(), None, None
         super().__init__(config, len(train), len(val), device)
 
     def load(self, reader: PictureReader, keys):
@@ -483,17 +499,25 @@ class FolderData(Data):
         loader = DataLoader(reader, batch_sampler=keys, num_workers=self.workers, collate_fn=collate,
                             worker_init_fn=stand_apart, pin_memory=self.device.type == 'cuda')
         for images, labels, broken in loader:
-            self.count_broken(broken)
+            self.broken.update(broken)
+            if len(self.broken) > self.allowed:
+                self.report_broken(self.broken)
             yield to_float(images.to(self.device, non_blocking=True)), labels.to(self.device)
 
-    def count_broken(self, broken: list[str]):
+    def agree_on_broken(self):
+        """To be called by all processes at once."""
+        self.broken = set().union(*everyones(self.broken))
+        with rank_0_first():
+            self.report_broken(self.broken if rank() == 0 else ())
+
+    def report_broken(self, broken):
         """Names each broken picture once, and stops the run when they are too many."""
-        for reason in sorted(set(broken) - self.broken):
+        for reason in sorted(set(broken) - self.named):
             tqdm.write(f'broken, left out: {reason}', file=sys.stderr)
-        self.broken.update(broken)
-        count = self.count + self.val_count
-        check(len(self.broken) <= 0.01 * count, f'--data-dir {self.config.data_dir}: {len(self.broken)} of '
-              f'{count} pictures are broken, more than 1%; mend or remove them (named above)')
+        self.named.update(broken)
+        check(len(broken) <= self.allowed, f'--data-dir {self.config.data_dir}: {len(broken)} of '
+              f'{self.count + self.val_count} pictures are broken, more than 1%; mend or '
+              'remove them (they are named above)')
 
     def keys(self, step: int):
         """What this process reads in step, step + 1, ..."""
@@ -546,10 +570,10 @@ class Task:
         self.lr = getattr(config, f'{name}_lr') * config.batch_size / 256
         self.scale_names = [f'{side}x{side}' for side in model.config.scales]
         self.modules, self.optimizers, self.parallel, self.state = {}, {}, {}, {}
-        self.add('model', model, betas=(0.9, 0.95))
+        self.add('model', model, betas=(0.9, 0.95), decay=config.weight_decay)
 
-    def add(self, name: str, module: torch.nn.Module, betas: tuple[float, float]):
-        groups = parameter_groups(module, self.config.weight_decay)
+    def add(self, name: str, module: torch.nn.Module, betas: tuple[float, float], decay: float):
+        groups = parameter_groups(module, decay)
         self.modules[name], self.parallel[name] = module, parallel(module)
         self.optimizers[name] = torch.optim.AdamW(groups, betas=betas, fused=True)
 
@@ -560,6 +584,12 @@ class Task:
     def before_step(self, step: int, images: Tensor):
         pass
 
+    def after_step(self):
+        pass
+
+
+REVIVAL_PICTURES = 256                  # whose features may replace dead codes; bounds the memory it takes
+
 
 class TokenizerTask(Task):
     """Stage 1: Equation 5. Small pictures do without its perceptual and adversarial terms."""
@@ -568,40 +598,46 @@ class TokenizerTask(Task):
         for i in set(range(len(model.phis))) - set(model.phi_table):
             model.phis[i].requires_grad_(False)     # no scale uses it
         super().__init__(run, 'vqvae', model)
-        # a code is dead that no token used since the last revival
-        self.state['hits_V'] = torch.zeros(model.config.vocab_size, dtype=torch.int64, device=run.data.device)
+        # a code is dead that no token used since the last revival; hits_V: in this step, on this process
+        self.hits_V = torch.zeros(model.config.vocab_size, dtype=torch.int64, device=run.data.device)
+        self.state['hits_V'] = self.hits_V.clone()
         model.codebook.weight.data.zero_()          # all codes are dead until step 0 puts them on data
         self.lpips = load_lpips(run.data.device) if self.config.perceptual_weight else None
         self.adversarial = False                    # from discriminator_start on
-        self.columns = ['reconstruction', 'vq', 'psnr', 'use', 'perplexity']
+        self.columns = ['reconstruction', 'vq', 'psnr', 'use', 'perplexity', 'gradient']
         if self.lpips:
             self.columns.append('perceptual')
         if self.config.adversarial_weight:
             check(model.config.image_size >= 24, f'--adversarial-weight {self.config.adversarial_weight}: '
                   'the discriminator needs pictures of 24 pixels or more')
             discriminator = Discriminator(self.config.discriminator_channels).to(run.data.device)
-            self.add('discriminator', discriminator, betas=(0.5, 0.9))
-            self.columns += ['generator', 'discriminator', 'adaptive']
+            self.add('discriminator', discriminator, betas=(0.5, 0.9), decay=0.0)
+            self.columns += ['generator', 'discriminator', 'adaptive', 'discriminator_gradient']
         self.columns += [f'{metric}_{name}' for metric in ('use', 'perplexity') for name in self.scale_names]
 
     def before_step(self, step: int, images: Tensor):
         """Replaces dead codes: all at step 0, none in the last quarter, so that the codebook can settle."""
         self.adversarial = 'discriminator' in self.modules and step >= self.config.discriminator_start
         if step % self.config.revive_every_steps == 0 and step <= 0.75 * self.steps:
-            with torch.no_grad():
+            with torch.no_grad(), autocast(self.run.data.device, self.config.dtype):
                 f = torch.cat([self.model.features(part) for part in images.split(self.run.micro_batch_size)])
-            if dist.is_initialized():               # every process looks at the features of the whole batch
+            if dist.is_initialized():
                 parts = [torch.empty_like(f) for _ in range(world_size())]
                 dist.all_gather(parts, f)
-                f = torch.cat(parts)
-            self.model.revive_codes(self.state['hits_V'] == 0, f)
+                f = torch.cat(parts)                # of the whole batch, in its order
+            self.model.revive_codes(self.state['hits_V'] == 0, f[:REVIVAL_PICTURES])
+            if dist.is_initialized():               # lest different GPUs round differently
+                dist.broadcast(self.model.codebook.weight.data, 0)
             self.state['hits_V'].zero_()
+
+    def after_step(self):
+        self.state['hits_V'] += all_sum(self.hits_V)
+        self.hits_V.zero_()
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
         """The loss of a batch, and what the log shows of it."""
         reconstruction, vq_loss, tokens_BL = self.parallel['model'](images)
-        hits_V = tokens_BL.flatten().bincount(minlength=self.model.config.vocab_size)
-        self.state['hits_V'] += all_sum(hits_V)
+        self.hits_V += tokens_BL.flatten().bincount(minlength=self.model.config.vocab_size)
         loss = F.mse_loss(reconstruction, images)
         metrics = dict(reconstruction=loss, vq=vq_loss)
         if self.lpips:
@@ -620,14 +656,14 @@ class TokenizerTask(Task):
         that of `loss` where both enter the decoder, at its last layer.
         """
         discriminator = self.modules['discriminator'].requires_grad_(False)
-        generator_loss = -discriminator(reconstruction).mean()
+        generator_loss = -discriminator(reconstruction).float().mean()
         last_layer = self.model.decoder.conv_out.weight
-        lengths = [all_sum(torch.autograd.grad(term, last_layer, retain_graph=True)[0]).norm() / world_size()
+        lengths = [torch.autograd.grad(term, last_layer, retain_graph=True)[0].norm()
                    for term in (loss, generator_loss)]
         adaptive = (lengths[0] / (lengths[1] + 1e-4)).clamp(max=1e4)
         discriminator.requires_grad_(True)
         verdicts = self.parallel['discriminator'](torch.cat([images, reconstruction.detach()]))
-        real, made = verdicts.chunk(2)
+        real, made = verdicts.float().chunk(2)
         discriminator_loss = (F.relu(1 - real).mean() + F.relu(1 + made).mean()) / 2
         added = self.config.adversarial_weight * adaptive * generator_loss + discriminator_loss
         return added, dict(generator=generator_loss, discriminator=discriminator_loss, adaptive=adaptive)
@@ -674,10 +710,10 @@ def load_lpips(device: torch.device) -> torch.nn.Module:
         try:
             import lpips
             network = lpips.LPIPS(net='vgg', verbose=False)
-        except ImportError:
-            raise UserError('--perceptual-weight: needs the package lpips, which is not installed; `pip '
-                            'install lpips`, or leave the flag away') from None
-        except OSError as error:
+        except ImportError as error:
+            raise UserError(f'--perceptual-weight: needs the package lpips ({error}); `pip install lpips`, '
+                            'or leave the flag away') from None
+        except Exception as error:                          # a download fails in many ways
             raise UserError(f'--perceptual-weight: the weights of lpips cannot be loaded '
                             f'({one_line(error)}); try again, or leave the flag away') from None
     return network.to(device).eval().requires_grad_(False)
@@ -690,7 +726,7 @@ class TransformerTask(Task):
         super().__init__(run, 'var', model)
         self.tokenizer = tokenizer
         self.sampling = {name: getattr(self.config, name) for name in ('cfg', 'top_k', 'top_p')}
-        self.columns = ['loss', 'accuracy', 'ln_V']
+        self.columns = ['loss', 'accuracy', 'ln_V', 'gradient']
         self.columns += [f'{metric}_{name}' for metric in ('loss', 'accuracy') for name in self.scale_names]
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
@@ -710,7 +746,7 @@ class TransformerTask(Task):
     @torch.no_grad()
     def validate(self) -> dict:
         """Loss and accuracy on held-out pictures, each with its own label, in all and scale by scale."""
-        names, total = self.columns[:2] + self.columns[3:], 0.0
+        names, total = self.columns[:2] + self.columns[4:], 0.0
         for images, labels in self.run.data.val_batches(self.run.micro_batch_size):
             metrics = self.loss(images, labels)[1]
             total = total + len(labels) * torch.stack([metrics[name] for name in names])
@@ -722,8 +758,8 @@ class TransformerTask(Task):
         num_classes, size = self.model.config.num_classes, self.tokenizer.config.image_size
         columns = min(10, num_classes)
         classes = [i * num_classes // columns for i in range(columns)]
-        batches = sample.draw(self.tokenizer, self.model, classes * (8 if size <= 64 else 2), 0, 16,
-                              **self.sampling)
+        batches = sample.draw(self.tokenizer, self.model, classes * (8 if size <= 64 else 2), 0,
+                              min(16, self.run.micro_batch_size), self.config.dtype, **self.sampling)
         picture = sample.grid(torch.cat([images for images, _ in batches]), columns)
         save_picture(self.run.out / 'samples.png', picture)
 
@@ -756,14 +792,15 @@ def parameter_groups(model: torch.nn.Module, decay: float) -> list[dict]:
     return groups
 
 
-def set_schedule(task: Task, step: int):
+def set_schedule(task: Task, step: int) -> float:
     config = task.config
     lr = task.lr * learning_rate(step, task.steps, config.last_lr)
-    last = config.weight_decay if config.last_weight_decay is None else config.last_weight_decay
     for optimizer in task.optimizers.values():
-        optimizer.param_groups[0]['weight_decay'] = weight_decay(step, task.steps, config.weight_decay, last)
         for group in optimizer.param_groups:
             group['lr'] = lr
+    if task.name == 'var' and config.last_weight_decay is not None:
+        decay = weight_decay(step, task.steps, config.weight_decay, config.last_weight_decay)
+        task.optimizers['model'].param_groups[0]['weight_decay'] = decay
     return lr
 
 
@@ -784,9 +821,11 @@ def training_step(run: 'Run', task: Task, step: int) -> list[dict]:
                 loss, metrics = task.loss(images, labels)
             (loss / passes).backward()
         rows.append({name: value.detach() for name, value in metrics.items()})
+    task.after_step()
     for name, optimizer in task.optimizers.items():
-        torch.nn.utils.clip_grad_norm_(task.modules[name].parameters(), 2.0)
+        norm = torch.nn.utils.clip_grad_norm_(task.modules[name].parameters(), 2.0)
         optimizer.step()
+        rows[-1]['gradient' if name == 'model' else f'{name}_gradient'] = norm
     return rows
 
 
@@ -802,6 +841,8 @@ def fit(run: 'Run', task: Task):
     config, model, data = run.config, task.model, run.data
     start, known = run.restore(task)            # known: metrics since the last line of the log
     run.open_log(task, start)
+    if start == 0:
+        run.save(task, 0, [])                   # from here on, the run can be killed and resumed
     count = sum(parameter.numel() for parameter in model.parameters())
     say(f'{task.name}: {count / 1e6:.2f}M parameters, steps {start} to {task.steps}')
     rows, images_since, began = [], 0, time.time()
@@ -818,6 +859,7 @@ def fit(run: 'Run', task: Task):
         if is_log or is_save or stop_signal:
             known, rows = known + agreed(rows), []
             run.check_finite(task, known, step, bar)
+            data.agree_on_broken()
         if is_log:
             row, speed = average(known), images_since / (time.time() - began)
             tokens_per_s = speed * sum(side * side for side in model.config.scales)
@@ -829,12 +871,13 @@ def fit(run: 'Run', task: Task):
             model.eval()
             with autocast(data.device, config.dtype):
                 row = task.validate()
+            run.check_finite(task, [row], step, bar)
             run.log(step + 1, 'val', **row)
             shown = ', '.join(f'{name} {value:.3g}' for name, value in row.items())
             say(f'{task.name} step {step + 1}, held-out: {shown}')
             if rank() == 0:
-                task.draw()
                 task.save()
+                task.draw()
             began += time.time() - paused
         if is_save or stop_signal:
             run.save(task, step + 1, known)
@@ -861,10 +904,17 @@ def say(text: str):
 
 @contextmanager
 def signals_noted():
-    """Ctrl-C and SIGTERM are put on a list, for the training loop to finish its step and save."""
+    """Ctrl-C and SIGTERM are put on a list, for the training loop to finish its step and save.
+
+    A second one has its usual effect, at once.
+    """
     noted = []
-    before = {number: signal.signal(number, lambda number, frame: noted.append(number))
-              for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number, frame):
+        noted.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield noted
     finally:
@@ -903,31 +953,30 @@ class Run:
 
     def restore(self, task: Task) -> tuple[int, list[dict]]:
         """Puts back what save() saved, if it was in this stage; returns the step to go on with, and rows."""
-        if self.saved is None or self.saved['stage'] != task.name:
+        if not self.saved or self.saved['stage'] != task.name:
             return 0, []
         for name in task.modules:
             task.modules[name].load_state_dict(self.saved['modules'][name])
             task.optimizers[name].load_state_dict(self.saved['optimizers'][name])
         for name, tensor in self.saved['state'].items():
             task.state[name].copy_(tensor)
-        start, rows, self.saved = self.saved['step'], self.saved['rows'], None
+        start, rows = self.saved['step'], self.saved['rows']
+        self.saved.clear()                          # as large as model and optimizer together
         return start, rows
 
     def check_finite(self, task: Task, rows: list[dict], step: int, bar: tqdm):
         """Stops the run where a metric is not a number any more: nothing is saved after that."""
-        bad = [(i, '_' not in name, name) for i, row in enumerate(rows) for name in row
-               if not math.isfinite(row[name])]
+        bad = [(i, name) for i, row in enumerate(rows) for name in row if not math.isfinite(row[name])]
         if not bad:
             return
         bar.close()
-        i, _, name = min(bad, key=lambda found: found[:2])      # the first step, and there a scale if any
-        passes = self.data.share // self.micro_batch_size
-        step -= (len(rows) - 1 - i) // passes
-        saved = 'the last save stands' if (self.out / 'last.pt').exists() else 'nothing was saved yet'
+        i, name = min(bad, key=lambda found: (found[0], not found[1][-1].isdigit()))    # a scale, if any
+        step -= (len(rows) - 1 - i) // (self.data.share // self.micro_batch_size)
         with rank_0_first():
-            raise UserError(f"{task.name}: {name.replace('_', ' of scale ')} is {rows[i][name]} at step "
-                            f"{step + 1}; {saved}; try a --{task.name}-lr below "
-                            f"{getattr(self.config, task.name + '_lr')}, or --dtype float32")
+            name_and_scale = re.sub(r'_(\d+x\d+)$', r' of scale \1', name)
+            raise UserError(f'{task.name}: {name_and_scale} is {rows[i][name]} at step {step + 1}; the last '
+                            f'save stands; go on from it by --resume with a --{task.name}-lr below '
+                            f"{getattr(self.config, task.name + '_lr')}, or with --dtype float32")
 
     def resume_command(self) -> str:
         local = os.environ.get('LOCAL_WORLD_SIZE')
@@ -966,7 +1015,7 @@ def read_resume(out: Path) -> dict | None:
         if path.exists():
             try:
                 return sample.read_checkpoint(path, ('resume',))
-            except UserError as error:
+            except sample.TornError as error:       # rank 0 comes first, and leaves none to the others
                 say(f'passed over: {error}')
                 path.replace(path.with_suffix('.torn'))
     return None
@@ -1014,19 +1063,24 @@ def cost(settings: dict) -> dict:
     logits = 12 * var.config.vocab_size         # themselves, their softmax, its gradient
     activations = micro * L * (var.config.depth * ACTIVATION_BYTES * D + logits)
     flops = training * steps * config.batch_size
-    return dict(depth=var.config.depth, parameters=parameters, training=training, sampling=sampling,
-                memory=weights + activations, micro_batch_size=micro, steps=steps,
-                hours=flops / (config.gpus * config.tflops * 1e12 * config.mfu) / 3600)
+    return dict(model=f'{config.preset}, d{var.config.depth}', parameters=parameters, training=training,
+                sampling=sampling, memory=weights + activations, micro_batch_size=micro, steps=steps,
+                hours=flops / (config.gpus * config.tflops * 1e12 * config.mfu) / 3600, count=count)
 
 
-def print_cost(settings: dict):
+def describe_cost(settings: dict) -> str:
+    """A table of one row."""
     row, config = cost(settings), make(TrainConfig, settings)
-    print('| model | parameters | GFLOPs an image, training | sampling | GiB a GPU, pictures at once | steps '
-          f'| hours on {config.gpus} GPUs of {config.tflops:g} TFLOP/s at an assumed MFU of {config.mfu:g} |')
-    print('|---|---|---|---|---|---|---|')
-    print(f"| {config.preset}, d{row['depth']} | {row['parameters']:,} | {row['training'] / 1e9:,.0f} | "
-          f"{row['sampling'] / 1e9:,.0f} | {row['memory'] / 2 ** 30:.0f}, {row['micro_batch_size']} | "
-          f"{row['steps']:,} | {row['hours']:,.0f} |")
+    giga = {name: f'{row[name] / 1e9:,.0f}' for name in ('training', 'sampling')}
+    cells = {'model': row['model'], 'parameters': f"{row['parameters']:,}",
+             'GFLOPs an image, training': giga['training'], 'sampling': giga['sampling'],
+             'GiB a GPU': f"{row['memory'] / 2 ** 30:.0f}", 'at so many pictures': row['micro_batch_size'],
+             'steps': f"{row['steps']:,}",
+             f'hours on {config.gpus} GPUs of {config.tflops:g} TFLOP/s at an assumed MFU of {config.mfu:g}':
+             f"{row['hours']:,.0f}"}
+    lines = [cells, ['---'] * len(cells), map(str, cells.values())]
+    return '\n'.join([f"Stage 2 alone, {row['count']:,} pictures an epoch."]
+                     + [f"| {' | '.join(line)} |" for line in lines])
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -1112,11 +1166,12 @@ def claim_folder(out: Path, config: TrainConfig, stages: list[str]) -> list[Path
     return [*held, out / 'last.pt', out / 'previous.pt'] if config.overwrite else []
 
 
-def load_tokenizer(path: Path, given: dict) -> VQVAE:
-    """The tokenizer for a stage 2 without a stage 1."""
+def load_tokenizer(path: Path, given: dict, settings: dict) -> VQVAE:
+    """The tokenizer for a stage 2 without a stage 1. (The authors' file doesn't say its scales.)"""
     check(path.is_file(), f'--stage var: there is no tokenizer {path}; train one with --stage vqvae, or name '
           'one with --tokenizer')
-    tokenizer = sample.load_tokenizer(path, given.get('scales'))
+    says_scales = given.get('resume') or 'scales' in given | PRESETS[settings['preset']]
+    tokenizer = sample.load_tokenizer(path, settings['scales'] if says_scales else None)
     for name, value in asdict(tokenizer.config).items():
         check(given.get(name, value) == value, f'{flag(name)} {given.get(name)}: the tokenizer in {path} has '
               f'{value}; leave the flag away')
@@ -1133,13 +1188,18 @@ def main(argv: list[str]):
             config = make(TrainConfig, settings)
             make(VARConfig, settings, num_classes=1)        # complains early; the real number is in the data
         if config.dry_run:
-            print_cost(settings)
+            say(describe_cost(settings))
+            leave_processes()
         else:
             train(config, settings, given, saved)
+    except torch.OutOfMemoryError as error:
+        raise UserError(f'--micro-batch-size: out of memory, take fewer ({one_line(error)})') from None
+    except OSError as error:
+        raise UserError(one_line(error)) from None
     except RuntimeError as error:
         if not (dist.is_initialized() and re.search('gloo|nccl', str(error), re.I)):
             raise
-        raise UserError('lost the other processes; the first error above says why') from None
+        raise UserError(f'lost another process, which may have said why ({one_line(error)})') from None
 
 
 def train(config: TrainConfig, settings: dict, given: dict, saved: dict | None):
@@ -1151,7 +1211,7 @@ def train(config: TrainConfig, settings: dict, given: dict, saved: dict | None):
     if dist.is_initialized() and torch.cuda.is_available() and name in ('auto', 'cuda'):
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = choose_device(name)
-    if device.type == 'cuda':
+    if device.index is not None:
         torch.cuda.set_device(device)
     torch.manual_seed(config.seed)
     with rank_0_first():
@@ -1163,12 +1223,13 @@ def train(config: TrainConfig, settings: dict, given: dict, saved: dict | None):
             path = config.tokenizer or out / 'vqvae.pt'
             if saved and (out / 'var.pt').exists():
                 path = out / 'var.pt'                               # holds the one that was trained on
-            tokenizer = load_tokenizer(Path(path), given)
+            tokenizer = load_tokenizer(Path(path), given, settings)
         replaced = claim_folder(out, config, stages)
     tokenizer.to(device)
     shape, began = tokenizer.config, time.time()
-    data = load_data(config, shape.image_size, device)
-    check_data(data, saved)
+    with rank_0_first():                            # which also downloads for all
+        data = load_data(config, shape.image_size, device)
+    check_agreement(data, saved)
 
     kept = {name: value for name, value in settings.items() if name not in ('out', 'resume', 'overwrite')}
     kept['micro_batch_size'] = micro_batch_size
@@ -1190,13 +1251,13 @@ def train(config: TrainConfig, settings: dict, given: dict, saved: dict | None):
     leave_processes()
 
 
-def check_data(data: Data, saved: dict | None):
-    """All processes, and the run to resume, must see the same pictures."""
-    found = [data.fingerprint]
-    if dist.is_initialized():
-        found = [None] * world_size()
-        dist.all_gather_object(found, data.fingerprint)
+def check_agreement(data: Data, saved: dict | None):
+    """All processes, and the run to resume, must see the same pictures, and go on from the same step."""
+    found = everyones(data.fingerprint)
+    steps = everyones(saved and (saved['stage'], saved['step']))
     with rank_0_first():
+        check(len(set(steps)) == 1, f'--resume: the processes read different saves, {steps}; all must see '
+              'the same --out')
         others = [i for i, fingerprint in enumerate(found) if fingerprint != found[0]]
         folder = f'--data-dir {data.config.data_dir}'
         check(not others, f'{folder}: rank {others and others[0]} sees other pictures there than rank 0, '
