@@ -950,7 +950,7 @@ sample.run_command(train.main)
     shutil.copytree(tiny_run, out)
     last = (out / 'last.pt').read_bytes()
     for flags, words in [
-            ('--resume', 'error: --micro-batch-size 8: must divide 4, the share of each of 2 processes'),
+            ('--resume', 'error: --resume: the run takes 8 pictures at once, which do not divide 4'),
             (TINY + '--overwrite --batch-size 9', 'error: --batch-size 9: 2 processes cannot share it; 8'),
             (TINY + f'--overwrite --data-dir {folder}', f'error: --data-dir {folder}: rank 1 sees other'),
             (TINY + '--overwrite', 'error: rank 1: this rank has had enough')]:
@@ -963,12 +963,9 @@ sample.run_command(train.main)
         out.with_suffix('.txt').unlink()
 
 
-def test_a_run_goes_on_with_more_processes_only_where_parts_of_batches_stay_whole(tiny_run, tmp_path):
-    config = train.TrainConfig(batch_size=8, micro_batch_size=4, resume=True)
-    assert train.divide_batch(config) == 4 == train.divide_batch(train.TrainConfig(batch_size=4))
-    for bad in (3, 8 * 3):
-        with pytest.raises(sample.UserError, match='--micro-batch-size'):
-            train.divide_batch(train.TrainConfig(batch_size=8, micro_batch_size=bad))
+def test_a_share_of_a_batch_is_cut_into_equal_parts_of_at_most_so_many():
+    for micro, parts in [(None, 12), (12, 12), (5, 4), (1, 1), (99, 12)]:
+        assert train.divide_batch(train.TrainConfig(batch_size=12, micro_batch_size=micro)) == parts
 
 
 # --------------------------------------------------------------------------------------- what a run costs
@@ -1057,7 +1054,7 @@ WRONG_FLAGS = """
     train.py --resume                               | --resume; holds no run
     train.py --preset imagenet256                   | --preset imagenet256; --data-dir
     train.py --mfu 2                                | --mfu 2; (0, 1]
-    train.py --micro-batch-size 7                   | --micro-batch-size 7; must divide 32
+    train.py --micro-batch-size 0                   | --micro-batch-size 0; 1 or more
     train.py --discriminator-channels 20            | --discriminator-channels 20; multiple of 16
     train.py --adversarial-weight 1 --image-size 16 --scales 1 4 --stage vqvae  | --adversarial-weight; 24
     train.py --preset cifar10 --data-dir nowhere    | nowhere; no such folder

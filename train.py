@@ -76,7 +76,7 @@ class TrainConfig:
     vqvae_epochs: float = 1.0           # stage 1 in rounds through the training pictures
     var_epochs: float = 1.0             # stage 2 likewise
     batch_size: int = 64                # pictures a step over all GPUs, in both stages
-    micro_batch_size: int | None = None     # pictures a GPU takes at once; absent: its share of the batch
+    micro_batch_size: int | None = None     # pictures a GPU takes at once, at most; absent: all its share
     vqvae_lr: float = 4e-3              # peak learning rate of stage 1 per 256 pictures of batch
     var_lr: float = 4e-3                # peak learning rate of stage 2 per 256 pictures of batch
     last_lr: float = 0.01               # learning rate of the last step as a share of the peak
@@ -604,7 +604,7 @@ class TokenizerTask(Task):
         model.codebook.weight.data.zero_()          # all codes are dead until step 0 puts them on data
         self.lpips = load_lpips(run.data.device) if self.config.perceptual_weight else None
         self.adversarial = False                    # from discriminator_start on
-        self.columns = ['reconstruction', 'vq', 'psnr', 'use', 'perplexity', 'gradient']
+        self.columns = ['reconstruction', 'vq', 'psnr', 'use', 'perplexity', 'model_gradient']
         if self.lpips:
             self.columns.append('perceptual')
         if self.config.adversarial_weight:
@@ -726,7 +726,7 @@ class TransformerTask(Task):
         super().__init__(run, 'var', model)
         self.tokenizer = tokenizer
         self.sampling = {name: getattr(self.config, name) for name in ('cfg', 'top_k', 'top_p')}
-        self.columns = ['loss', 'accuracy', 'ln_V', 'gradient']
+        self.columns = ['loss', 'accuracy', 'ln_V', 'model_gradient']
         self.columns += [f'{metric}_{name}' for metric in ('loss', 'accuracy') for name in self.scale_names]
 
     def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, dict]:
@@ -804,29 +804,31 @@ def set_schedule(task: Task, step: int) -> float:
     return lr
 
 
-def training_step(run: 'Run', task: Task, step: int) -> list[dict]:
-    """One optimizer step on one batch; a row of metrics for each pass that it took."""
+def training_step(run: 'Run', task: Task, step: int) -> dict[str, Tensor]:
+    """One step of the optimizers on one batch, part by part; what the log shows of it."""
     images, labels = run.data.batch(step)                       # this process's share
     task.model.train()
     torch.manual_seed(seed_of(run.config.seed, step, 1))        # the same in all processes
     task.before_step(step, images)
-    passes, rows = len(images) // run.micro_batch_size, []
     for optimizer in task.optimizers.values():
         optimizer.zero_grad(set_to_none=True)
-    parts = zip(images.split(run.micro_batch_size), labels.split(run.micro_batch_size))
+    parts = list(zip(images.split(run.micro_batch_size), labels.split(run.micro_batch_size)))
+    row = {}
     for i, (images, labels) in enumerate(parts):
-        torch.manual_seed(seed_of(run.config.seed, step, 2, rank() * passes + i))
-        with unsynchronised(task.parallel.values(), i + 1 < passes):
+        torch.manual_seed(seed_of(run.config.seed, step, 2, rank() * len(parts) + i))
+        with unsynchronised(task.parallel.values(), i + 1 < len(parts)):
             with autocast(run.data.device, run.config.dtype):
                 loss, metrics = task.loss(images, labels)
-            (loss / passes).backward()
-        rows.append({name: value.detach() for name, value in metrics.items()})
+            (loss / len(parts)).backward()
+        for name, value in metrics.items():
+            row[name] = row.get(name, 0.0) + value.detach() / len(parts)
     task.after_step()
     for name, optimizer in task.optimizers.items():
-        norm = torch.nn.utils.clip_grad_norm_(task.modules[name].parameters(), 2.0)
-        optimizer.step()
-        rows[-1]['gradient' if name == 'model' else f'{name}_gradient'] = norm
-    return rows
+        learning = [parameter for parameter in task.modules[name].parameters() if parameter.grad is not None]
+        if learning:                                            # a discriminator doesn't before its start
+            row[f'{name}_gradient'] = torch.nn.utils.clip_grad_norm_(learning, 2.0)
+            optimizer.step()
+    return row
 
 
 def agreed(rows: list[dict[str, Tensor]]) -> list[dict[str, float]]:
@@ -849,7 +851,7 @@ def fit(run: 'Run', task: Task):
     bar = tqdm(range(start, task.steps), desc=task.name, initial=start, total=task.steps, disable=rank() > 0)
     for step in bar:
         lr = set_schedule(task, step)
-        rows += training_step(run, task, step)
+        rows.append(training_step(run, task, step))
         images_since += config.batch_size
 
         at_end = step + 1 == task.steps
@@ -971,7 +973,7 @@ class Run:
             return
         bar.close()
         i, name = min(bad, key=lambda found: (found[0], not found[1][-1].isdigit()))    # a scale, if any
-        step -= (len(rows) - 1 - i) // (self.data.share // self.micro_batch_size)
+        step -= len(rows) - 1 - i
         with rank_0_first():
             name_and_scale = re.sub(r'_(\d+x\d+)$', r' of scale \1', name)
             raise UserError(f'{task.name}: {name_and_scale} is {rows[i][name]} at step {step + 1}; the last '
@@ -1148,11 +1150,12 @@ def divide_batch(config: TrainConfig) -> int:
     is why a resumed run keeps it, and can spread over as many processes as leave it whole."""
     B, W = config.batch_size, world_size()
     check(B % W == 0, f'--batch-size {B}: {W} processes cannot share it; {max(1, B // W) * W} would do')
-    micro = config.micro_batch_size or B // W
-    kept = f'; the run to resume has it: go on with {B // micro} processes or fewer' if config.resume else ''
-    check(B // W % micro == 0, f'--micro-batch-size {micro}: must divide {B // W}, the share of each of {W} '
-          f'processes in a batch of {B}{kept}')
-    return micro
+    share, most = B // W, min(config.micro_batch_size or B, B // W)
+    if config.resume:
+        size = config.micro_batch_size
+        check(share % size == 0, f'--resume: the run takes {size} pictures at once, which do not divide {share}, '
+              f'the share of each of {W} processes in a batch of {B}; go on with {B // size} processes or fewer')
+    return max(size for size in range(1, most + 1) if share % size == 0)
 
 
 def claim_folder(out: Path, config: TrainConfig, stages: list[str]) -> list[Path]:
@@ -1235,7 +1238,7 @@ def train(config: TrainConfig, settings: dict, given: dict, saved: dict | None):
     kept['micro_batch_size'] = micro_batch_size
     say(f'{config.preset}: {data.count:,} pictures of {shape.image_size}x{shape.image_size} in '
         f'{len(data.class_names)} classes, {sum(tokenizer.scale_lengths)} tokens each, scales '
-        f'{shape.scales}, on {world_size()} x {device.type}')
+        f'{shape.scales}, on {world_size()} x {device.type}, {micro_batch_size} at once')
     with signals_noted() as signals:
         run = Run(kept, config, out, data, micro_batch_size, saved, replaced, signals)
         if 'vqvae' in stages:
