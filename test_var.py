@@ -963,6 +963,18 @@ sample.run_command(train.main)
         out.with_suffix('.txt').unlink()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
+def test_nccl_on_one_gpu_in_bfloat16_and_a_resume_there(tmp_path):
+    flags = TINY.replace('--device cpu', '--device cuda --dtype bfloat16') + (
+        '--adversarial-weight 0.1 --discriminator-start 2 --discriminator-channels 16 --micro-batch-size 4 ')
+    out = finish(start(flags, tmp_path / 'run', 1), tmp_path / 'run')
+    before = losses(out, 'var')
+    shutil.copy(out / 'previous.pt', out / 'last.pt')
+    finish(start('--resume', out, 1), out)
+    assert len(before) == 4 and np.abs(losses(out, 'var') - before).max() < 1e-2    # GPUs add in any order
+
+
 def test_a_share_of_a_batch_is_cut_into_equal_parts_of_at_most_so_many():
     for micro, parts in [(None, 12), (12, 12), (5, 4), (1, 1), (99, 12)]:
         assert train.divide_batch(train.TrainConfig(batch_size=12, micro_batch_size=micro)) == parts

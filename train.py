@@ -1152,9 +1152,9 @@ def divide_batch(config: TrainConfig) -> int:
     check(B % W == 0, f'--batch-size {B}: {W} processes cannot share it; {max(1, B // W) * W} would do')
     share, most = B // W, min(config.micro_batch_size or B, B // W)
     if config.resume:
-        size = config.micro_batch_size
-        check(share % size == 0, f'--resume: the run takes {size} pictures at once, which do not divide {share}, '
-              f'the share of each of {W} processes in a batch of {B}; go on with {B // size} processes or fewer')
+        kept = config.micro_batch_size
+        check(share % kept == 0, f'--resume: the run takes {kept} pictures at once, which do not divide '
+              f'{share}, the share of each of {W} processes; {B // kept} processes or fewer would do')
     return max(size for size in range(1, most + 1) if share % size == 0)
 
 
