@@ -860,6 +860,7 @@ def test_a_run_that_is_killed_and_resumed_ends_as_if_nothing_had_been(ranks, kil
     print(f'moments of the kills: seed {seed}')
     moments = random.Random(seed)
     flags = TINY + f'--vqvae-steps {8 * kills} --var-steps {8 * kills} --log-every-steps 3 '
+    flags += '--vocab-size 128 --revive-every-steps 5 '
     calm = finish(start(flags, tmp_path / 'calm', ranks), tmp_path / 'calm')
     out, last, done = tmp_path / 'run', tmp_path / 'run/last.pt', 0
     while done < kills:
@@ -896,15 +897,18 @@ def test_a_stop_saves_and_names_the_command_that_goes_on(number, status, ranks, 
 
 
 def losses(out: Path, stage: str) -> np.ndarray:
-    names = dict(vqvae=('reconstruction', 'vq'), var=('loss',))[stage]
-    rows = [row for row in curve(out, stage) if row['split'] == 'train']
-    return np.array([[float(row[name]) for name in names] for row in rows])
+    """What was logged of each training step, and of the validations."""
+    names = dict(train=dict(vqvae=('reconstruction', 'vq'), var=('loss',)),
+                 val=dict(vqvae=('psnr', 'perplexity'), var=('loss', 'accuracy')))
+    return np.concatenate([[float(row[name]) for name in names[row['split']][stage]]
+                           for row in curve(out, stage)])
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_a_batch_may_be_cut_into_parts(tmp_path):
     """Same losses over 20 steps to 1e-5. Even with dropout on, if the parts of the batch are the same."""
-    flags = TINY + '--vqvae-steps 20 --var-steps 20 --revive-every-steps 7 --save-every-steps 20 '
+    flags = TINY + ('--vqvae-steps 20 --var-steps 20 --save-every-steps 20 --vocab-size 128 '
+                    '--revive-every-steps 3 ')
     quiet = flags + '--label-dropout 0 --stochastic-depth 0 '
     loud = flags + '--label-dropout 0.5 --flip --crop 2 --micro-batch-size 2 '
     adversarial = flags + ('--adversarial-weight 0.1 --discriminator-start 10 --discriminator-channels 16 '
@@ -918,7 +922,7 @@ def test_two_processes_train_as_one_and_a_batch_may_be_cut_into_parts(tmp_path):
         for stage in ('vqvae', 'var'):
             gaps = np.abs(losses(two[name], stage) - losses(one, stage))
             print(name, stage, gaps.max())
-            assert len(gaps) in (1, 20) and gaps.max() <= 1e-5
+            assert len(gaps) in (3, 22, 42) and gaps.max() <= 1e-5
     # stage 2 once more, from where two processes began it, but by one: it keeps the parts of the batch
     out, before = two['loud'], losses(two['loud'], 'var')
     shutil.copy(out / 'previous.pt', out / 'last.pt')
@@ -959,6 +963,7 @@ sample.run_command(train.main)
         finish(start(flags, out, 2, script), out, status=1)     # torchrun's own status is 1
         assert 'terminate called' not in said(out) and '(exitcode: 2)' in said(out), said(out)
         assert said(out).count(words) == 1 and f'{HERE}/train.py", line' not in said(out), said(out)
+        assert said(out).count('error: ') == 1 or 'enough' in words, said(out)
         assert time.time() - began < 60                         # a hang would last for ever
         out.with_suffix('.txt').unlink()
 
@@ -972,7 +977,7 @@ def test_nccl_on_one_gpu_in_bfloat16_and_a_resume_there(tmp_path):
     before = losses(out, 'var')
     shutil.copy(out / 'previous.pt', out / 'last.pt')
     finish(start('--resume', out, 1), out)
-    assert len(before) == 4 and np.abs(losses(out, 'var') - before).max() < 1e-2    # GPUs add in any order
+    assert np.abs(losses(out, 'var') - before).max() < 1e-2    # GPUs add in any order
 
 
 def test_a_share_of_a_batch_is_cut_into_equal_parts_of_at_most_so_many():
