@@ -732,17 +732,17 @@ def test_a_patch_of_the_discriminator_is_70_pixels():
 
 
 def test_the_discriminator_joins_at_its_start_and_is_resumed(tmp_path):
-    flags = ('--stage vqvae --vqvae-steps 6 --adversarial-weight 0.1 --discriminator-start 3 '
-             '--discriminator-channels 16')
+    flags = ('--stage vqvae --vqvae-steps 12 --adversarial-weight 0.1 --discriminator-start 3 '
+             '--discriminator-channels 16 --save-every-steps 8 --vocab-size 128 --revive-every-steps 3')
     whole = run(flags, tmp_path / 'whole')
     rows = [row for row in csv.DictReader((whole / 'vqvae.csv').open()) if row['split'] == 'train']
-    assert [bool(row['adaptive']) for row in rows] == [False] * 3 + [True] * 3
+    assert [bool(row['adaptive']) for row in rows] == [False] * 3 + [True] * 9
     out = tmp_path / 'resumed'
     shutil.copytree(whole, out)
-    os.remove(out / 'last.pt')                                      # previous.pt is from step 4
+    os.remove(out / 'last.pt')              # previous.pt is from step 8, between two revivals of codes
     train.main(['--resume', '--out', str(out)])
     assert same_weights(out / 'vqvae.pt', whole / 'vqvae.pt', 'vqvae')
-    plain = run('--stage vqvae --vqvae-steps 6', tmp_path / 'plain')
+    plain = run(flags.replace('weight 0.1', 'weight 0'), tmp_path / 'plain')
     assert not same_weights(plain / 'vqvae.pt', whole / 'vqvae.pt', 'vqvae')
 
 
