@@ -4,6 +4,7 @@
     python sample.py out/shapes/var.pt --labels 3 star --count 16 --cfg 1.5 --top-k 900 --top-p 0.96 --seed 0
     python sample.py out/shapes/var.pt --count 4 --show-scales --out scales.png        # coarse to fine
     python sample.py out/shapes/var.pt --npz samples.npz --count 50000                 # for an evaluator
+    python sample.py out/shapes/var.pt --export small.pt           # the model in bfloat16, half the size
 
 A picture depends on the checkpoint, the flags, the seed and its own number, and not on batch size or device,
 where only rounding may differ (so it is drawn in float32, unless --dtype says otherwise). From Python:
@@ -199,11 +200,13 @@ def load(path: str | Path, device: str | torch.device = 'cpu') -> tuple[VQVAE, V
     return tokenizer.to(device), var.to(device).requires_grad_(False).eval(), defaults
 
 
-def save_model(path: Path, tokenizer: VQVAE, var: VAR, class_names: list[str], defaults: dict):
-    """What `load` reads."""
-    save_checkpoint(path, 'var', vqvae_config=asdict(tokenizer.config), vqvae=tokenizer.state_dict(),
-                    var_config=asdict(var.config), var=var.state_dict(), class_names=class_names,
-                    defaults=defaults)
+def save_model(path: Path, tokenizer: VQVAE, var: VAR, class_names: list[str], defaults: dict,
+               dtype: torch.dtype = torch.float32):
+    """What `load` reads. Weights saved as bfloat16 take half the space, and are float32 again once loaded."""
+    weights = {name: {key: tensor.to(dtype) for key, tensor in module.state_dict().items()}
+               for name, module in dict(vqvae=tokenizer, var=var).items()}
+    save_checkpoint(path, 'var', vqvae_config=asdict(tokenizer.config), var_config=asdict(var.config),
+                    class_names=class_names, defaults=defaults, **weights)
 
 
 # --------------------------------------------------------------------------------------------------- drawing
@@ -293,8 +296,10 @@ def build_parser() -> Parser:
     parser.add_argument('--top-k', type=int, help="keep the k likeliest tokens, 0 all; likewise")
     parser.add_argument('--top-p', type=float, help='keep the likeliest up to this mass, 0 or 1 all')
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--out', help='the picture to write; absent: samples.png, or none with --npz')
-    parser.add_argument('--npz', help='write arr_0 (N, H, W, 3) uint8 and labels (N) to this file')
+    parser.add_argument('--out', help='the picture to write; absent: samples.png, if nothing else is written')
+    parser.add_argument('--npz', help='write arr_0 (N, H, W, 3) uint8, labels (N), class_names to this file')
+    parser.add_argument('--png-dir', help='write 000000.png, 000001.png, ... to this empty folder')
+    parser.add_argument('--export', help='write the model here in bfloat16, sampling flags as defaults')
     parser.add_argument('--show-scales', action='store_true', help='one row per picture, scale by scale')
     parser.add_argument('--batch-size', type=int, default=50)
     parser.add_argument('--device', default='auto')
@@ -309,12 +314,20 @@ def check_flags(args: argparse.Namespace):
     check(args.cfg is None or 0 <= args.cfg < math.inf, f'--cfg {args.cfg}: must be 0 or more')
     check(args.top_k is None or args.top_k >= 0, f'--top-k {args.top_k}: must be 0 or more')
     check(args.top_p is None or 0 <= args.top_p <= 1, f'--top-p {args.top_p}: must lie in [0, 1]')
-    if args.out is None and args.npz is None:
+    if not (args.out or args.npz or args.png_dir or args.export):
         args.out = 'samples.png'
-    for name, path, endings in [('--out', args.out, tuple(PICTURE_FORMATS)), ('--npz', args.npz, ('.npz',))]:
+    for name, path, endings in [('--out', args.out, tuple(PICTURE_FORMATS)), ('--npz', args.npz, ('.npz',)),
+                                ('--export', args.export, ('.pt',))]:
         if path is not None:
             check(path.lower().endswith(endings), f"{name} {path}: must end in {' or '.join(endings)}")
             prepare_folder(Path(path).parent, name)
+    if args.png_dir is not None:
+        prepare_folder(Path(args.png_dir), '--png-dir')
+        check(not os.listdir(args.png_dir), f'--png-dir {args.png_dir}: not empty, and an evaluator reads '
+              'all that is there; empty it or choose another')
+    if args.export and Path(args.export).exists() and Path(args.checkpoint).exists():
+        check(not os.path.samefile(args.export, args.checkpoint), f'--export {args.export}: is the '
+              'checkpoint itself, which would lose its precision; choose another')
 
 
 @torch.no_grad()
@@ -324,6 +337,11 @@ def main(argv: list[str]):
     tokenizer, var, sampling = load(args.checkpoint, choose_device(args.device))
     flags = dict(cfg=args.cfg, top_k=args.top_k, top_p=args.top_p)
     sampling |= {name: value for name, value in flags.items() if value is not None}
+    if args.export:
+        save_model(Path(args.export), tokenizer, var, var.class_names, sampling, torch.bfloat16)
+        print(f'{args.export}: {Path(args.export).stat().st_size / 2 ** 20:.1f} MiB')
+        if not (args.out or args.npz or args.png_dir):
+            return
     classes = range(var.config.num_classes)
     if args.labels:
         classes = [parse_label(text, var.class_names) for text in args.labels]
@@ -341,9 +359,13 @@ def main(argv: list[str]):
                 strips += torch.stack(steps, dim=1).flatten(0, 1)
             bar.update(len(tokens_BL))
     if args.npz:
-        arrays = dict(arr_0=pictures, labels=np.array(labels))
+        arrays = dict(arr_0=pictures, labels=np.array(labels), class_names=np.array(var.class_names))
         save_file(Path(args.npz), lambda file: np.savez(file, **arrays))
         print(f'{args.npz}: {len(labels)} pictures')
+    if args.png_dir:
+        for i, picture in enumerate(pictures):
+            save_picture(Path(args.png_dir, f'{i:06}.png'), Image.fromarray(picture))
+        print(f'{args.png_dir}: {len(labels)} pictures')
     if args.out:
         columns = len(classes) if 1 < len(classes) <= 20 else math.ceil(math.sqrt(len(labels)))
         columns = len(tokenizer.config.scales) if args.show_scales else min(columns, len(labels))

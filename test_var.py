@@ -38,6 +38,10 @@ from var import VAR, VARConfig
 from vqvae import VQVAE, Discriminator, VQVAEConfig
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE / 'notebooks'))
+import judge                                                                # noqa: E402
+import measure                                                              # noqa: E402
+
 SCALES = (1, 2, 3, 5)                   # none divides the next: areas overlap, which is the hard case
 PARITY = json.loads((HERE / 'notebooks/parity.json').read_text())
 
@@ -716,7 +720,7 @@ def tokenizer_task(out: Path, **settings) -> train.TokenizerTask:
     config = train.TrainConfig(train_count=16, val_count=4, batch_size=4, **settings)
     data = train.ArrayData(config, 32, torch.device('cpu'))
     model = VQVAE(VQVAEConfig(channels=32, z_channels=4, vocab_size=16, scales=(1, 2, 8)))
-    return train.TokenizerTask(train.Run({}, config, out, data, 4, None, [], []), model)
+    return train.TokenizerTask(train.Run({}, config, out, data, 4, None, [], [], 0.0), model)
 
 
 def test_a_patch_of_the_discriminator_is_70_pixels():
@@ -803,6 +807,8 @@ def test_what_is_given_goes_before_recipe_and_preset_and_epochs_before_steps():
     assert train.resolve(dict(var_epochs=3.0))[0]['var_steps'] is None
     with pytest.raises(sample.UserError, match='--var-epochs, --var-steps'):
         train.resolve(dict(var_epochs=3.0, var_steps=3))
+    with pytest.raises(sample.UserError, match='--budget-minutes, --vqvae-steps'):
+        train.resolve(dict(budget_minutes=3.0, vqvae_steps=3))
 
 
 # ------------------------------------------------------------------------------- many processes and stops
@@ -894,6 +900,36 @@ def test_a_stop_saves_and_names_the_command_that_goes_on(number, status, ranks, 
     assert command.startswith('torchrun --nproc-per-node 2 train.py' if ranks else 'python train.py')
     finish(start(command.split('train.py ')[1].split(' --out')[0], out, ranks), out)
     assert same_run(out, finish(start(flags, tmp_path / 'calm', ranks), tmp_path / 'calm'))
+
+
+def stop_and_resume(flags: str, out: Path, sessions: int):
+    """A run in sessions of --stop-after-minutes each, but for the last, which goes on to the end."""
+    for i in range(sessions - 1):
+        with pytest.raises(SystemExit) as stop:
+            train.main((flags if i == 0 else '--resume ').split()
+                       + ['--stop-after-minutes', '1e-9', '--out', str(out)])
+        assert stop.value.code == 0
+    train.main(['--resume', '--out', str(out)])
+
+
+def test_stopping_after_minutes_saves_and_leaves_the_schedule_as_it_was(tiny_run, tmp_path, capsys):
+    stop_and_resume(TINY, tmp_path / 'run', 6)              # after every step, in both stages
+    stop = 'stopped at step 1 of 4 of var, all saved; to go on: python train.py --resume'
+    assert stop in capsys.readouterr().out
+    assert same_run(tmp_path / 'run', tiny_run)
+
+
+def test_a_budget_fits_the_whole_schedule_into_its_minutes_over_all_sessions(tmp_path):
+    flags = TINY.replace('--vqvae-steps 4 --var-steps 4', '--budget-minutes 0.1 --budget-vqvae 0.25')
+    stop_and_resume(flags, tmp_path / 'run', 3)
+    last = torch.load(tmp_path / 'run/last.pt', weights_only=True)
+    steps, seconds = last['step'], last['seconds']
+    assert not last['unfinished'] and 0.75 * 6 * (1 - 1 / steps) <= seconds
+    rows = [row for row in curve(tmp_path / 'run', 'var') if row['split'] == 'train']
+    assert [int(row['step']) for row in rows] == list(range(1, steps + 1)) and steps > 20
+    rates = [float(row['lr']) / (4e-3 * 4 * 8 / 256) for row in rows]       # 0.016 per 256 pictures, batch 8
+    assert rates[0] == pytest.approx(0.005) and max(rates) > 0.9
+    assert rates[-1] < 0.1 and rates[steps // 2] == pytest.approx(0.5, abs=0.25)    # as steps of varying time
 
 
 def losses(out: Path, stage: str) -> np.ndarray:
@@ -1070,6 +1106,10 @@ WRONG_FLAGS = """
     train.py --out RUN/var.csv/run                  | cannot be written; --out
     train.py --resume                               | --resume; holds no run
     train.py --preset imagenet256                   | --preset imagenet256; --data-dir
+    train.py --budget-minutes 0                     | --budget-minutes 0; above 0
+    train.py --budget-vqvae 1                       | --budget-vqvae 1; (0, 1)
+    train.py --stop-after-minutes -1                | --stop-after-minutes -1; above 0
+    train.py --budget-minutes 5 --var-steps 9       | --budget-minutes, --var-steps; one or the other
     train.py --mfu 2                                | --mfu 2; (0, 1]
     train.py --micro-batch-size 0                   | --micro-batch-size 0; 1 or more
     train.py --discriminator-channels 20            | --discriminator-channels 20; multiple of 16
@@ -1087,6 +1127,16 @@ WRONG_FLAGS = """
     sample.py RUN/var.pt --out picture.xyz          | --out picture.xyz; .png
     sample.py RUN/var.pt --out RUN/var.csv/a.png    | cannot be written; --out
     sample.py RUN/var.pt --npz samples              | --npz samples; .npz
+    sample.py RUN/var.pt --export small             | --export small; .pt
+    sample.py RUN/var.pt --export RUN/var.pt        | --export; is the checkpoint itself
+    sample.py RUN/last.pt --export small.pt         | last.pt; kind 'resume'; 'var'
+    sample.py RUN/var.csv --export small.pt         | var.csv; no checkpoint at all
+    sample.py RUN/var.pt --png-dir RUN              | --png-dir; not empty
+    sample.py RUN/var.pt --png-dir RUN/var.csv      | --png-dir; cannot be written
+    measure.py RUN/var.pt --count 0                 | --count 0; at least 1
+    measure.py RUN/vqvae.pt                         | vqvae.pt; kind 'vqvae'
+    judge.py none.npz                               | none.npz; no such file
+    judge.py RUN/var.csv                            | var.csv; not what sample.py --npz writes
 """
 
 
@@ -1097,7 +1147,7 @@ def test_a_wrong_flag_is_named(line, tiny_run, tmp_path, capsys, monkeypatch):
     script, *arguments = command.replace('RUN', str(tiny_run)).split()
     if script == 'train.py':
         arguments = ['--train-count', '50', '--out', 'run', *arguments]
-    main = train.main if script == 'train.py' else sample.main
+    main = dict(train=train, sample=sample, judge=judge, measure=measure)[script.removesuffix('.py')].main
     error = complaint(main, arguments, capsys, monkeypatch)
     assert all(word in error for word in words.strip().split('; ')), error
     assert not [path for path in tmp_path.rglob('*') if path.is_file()]
@@ -1229,6 +1279,76 @@ def test_a_full_disk_or_a_loss_that_explodes_leaves_the_last_save(tiny_run, tmp_
     assert (tmp_path / 'next/var.pt').exists()
 
 
+# --------------------------------------------------------------------------------- exports, measures, judge
+def test_an_export_is_half_as_large_and_draws_at_its_own_defaults(tiny_run, tmp_path, capsys):
+    sample.main([f'{tiny_run}/var.pt', '--export', f'{tmp_path}/small.pt', '--cfg', '3', '--top-k', '7'])
+    assert {path.name for path in tmp_path.iterdir()} == {'small.pt'}       # no pictures unless asked for
+    assert (tmp_path / 'small.pt').stat().st_size < 0.6 * (tiny_run / 'var.pt').stat().st_size
+    tokenizer, var, defaults = sample.load(tmp_path / 'small.pt')
+    assert defaults == dict(cfg=3.0, top_k=7, top_p=0.8) and var.class_names == list(train.FIGURES)
+    for small, model in zip((tokenizer, var), sample.load(tiny_run / 'var.pt')):
+        for name, weight in model.state_dict().items():
+            assert small.state_dict()[name].dtype == torch.float32
+            assert torch.equal(small.state_dict()[name], weight.bfloat16().float())
+
+
+def test_pngs_and_npz_hold_the_same_pictures_and_npz_the_names_of_the_classes(tiny_run, tmp_path):
+    sample.main(f'{tiny_run}/var.pt --count 12 --npz {tmp_path}/a.npz --png-dir {tmp_path}/a'.split())
+    arrays = np.load(tmp_path / 'a.npz')
+    assert arrays['class_names'].tolist() == list(train.FIGURES)
+    files = sorted((tmp_path / 'a').iterdir())
+    assert [path.name for path in files] == [f'{i:06}.png' for i in range(12)]
+    for path, picture in zip(files, arrays['arr_0']):
+        assert np.array_equal(np.asarray(Image.open(path)), picture)
+
+
+def test_measured_bits_and_psnr_are_those_of_validation(tiny_run):
+    """measure.py goes its own way to what train.py logged of the held-out drawings."""
+    tokenizer, var, _ = sample.load(tiny_run / 'var.pt')
+    psnr, bits_L, hits_KV = measure.measure(tokenizer, var, *train.draw_shapes(32, 2 ** 31))
+    row, stage_1 = (curve(tiny_run, stage)[-1] for stage in ('var', 'vqvae'))
+    for name, bits in zip(('1x1', '2x2', '8x8'), bits_L.split([1, 4, 64])):
+        assert bits.mean() * math.log(2) == pytest.approx(float(row[f'loss_{name}']), rel=1e-4)
+        assert hits_KV.sum() == 32 * 69
+    assert psnr == pytest.approx(float(stage_1['psnr']), abs=1e-3)
+    assert 100 * (hits_KV.sum(0) > 0).float().mean() == pytest.approx(float(stage_1['use']))
+
+
+def test_the_frechet_distance_is_that_of_two_gaussians():
+    a = torch.randn(500, 6) @ torch.randn(6, 6)
+    assert judge.frechet_distance(a, a + 2) == pytest.approx(6 * 4, rel=1e-6)           # 0 but for the shift
+    assert judge.frechet_distance(a, 3 * a - 2 * a.mean(0)) == pytest.approx(4 * a.T.cov().trace(), rel=1e-5)
+    b = torch.randn(400, 6) @ torch.randn(6, 6)                 # covariances that do not commute
+    A, B = a.double().T.cov(), b.double().T.cov()
+    between = torch.linalg.eigvals(A @ B).real.sqrt().sum()     # the trace of the root of a product
+    expected = (a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * between
+    assert judge.frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def write_npz(path: Path, count=300, size=32, class_names=train.FIGURES):
+    np.savez(path, arr_0=np.zeros((count, size, size, 3), np.uint8), labels=np.arange(count) % 10,
+             class_names=np.array(class_names))
+
+
+def test_the_judge_names_samples_that_it_cannot_judge(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_npz('size.npz', size=28)
+    write_npz('classes.npz', class_names=['cat', 'dog'])
+    write_npz('few.npz', count=64)
+    write_npz('old.npz')
+    arrays = dict(np.load('old.npz'))
+    del arrays['class_names']
+    np.savez('old.npz', **arrays)
+    for name, words in dict(size='28x28; 32x32', classes='cat, dog; shapes and cifar10; alone',
+                            few='64 pictures are too few for a covariance of 64; 128 or more; --count',
+                            old='not what sample.py --npz writes').items():
+        error = complaint(judge.main, [f'{name}.npz'], capsys, monkeypatch)
+        assert f'{name}.npz' in error and all(word in error for word in words.split('; ')), error
+    sample.save_checkpoint(Path('other.pt'), 'var')
+    write_npz('good.npz')
+    assert "kind 'var'" in complaint(judge.main, ['good.npz', '--cache', 'other.pt'], capsys, monkeypatch)
+
+
 # ---------------------------------------------------------------------------------------------- README
 README = (HERE / 'README.md').read_text()
 COMMANDS = [line for block in re.findall(r'```bash\n(.*?)```', README, re.S) for line in block.splitlines()]
@@ -1274,15 +1394,14 @@ def test_readmes_first_line_trains_and_draws_with_its_steps_cut_to_2(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (HERE / 'out/shapes/var.pt').exists(), reason='needs what `python train.py` leaves')
-def test_the_default_run_draws_what_was_asked_for():
+def test_the_default_run_draws_what_was_asked_for(tmp_path):
     """1,000 samples at the checkpoint's own defaults, judged by a classifier that knows the drawings."""
-    sys.path.insert(0, str(HERE / 'notebooks'))
-    import judge
     tokenizer, var, defaults = sample.load(HERE / 'out/shapes/var.pt')
     labels = torch.arange(1000) % 10
     batches = sample.draw(tokenizer, var, labels.tolist(), 1, 100, **defaults)
-    network, accuracy = judge.train_judge()
-    right = judge.recognised(network, sample.to_uint8(torch.cat([images for images, _ in batches])), labels)
+    network = judge.load_judge('shapes', None, tmp_path / 'judge.pt')
+    right = network.recognised(sample.to_uint8(torch.cat([images for images, _ in batches])), labels)
+    accuracy = network.recognised(*judge.read_pictures('shapes', None)[2:]).mean()
     by_class = [right[c::10].mean().item() for c in range(10)]
     print(f'judge {accuracy:.1%}, recognised {right.mean():.1%}, by class {by_class}')
     assert accuracy >= 0.99 and right.mean() >= 0.9 and min(by_class) >= 0.75

@@ -75,6 +75,9 @@ class TrainConfig:
     var_steps: int | None = None        # absent: var_epochs
     vqvae_epochs: float = 1.0           # stage 1 in rounds through the training pictures
     var_epochs: float = 1.0             # stage 2 likewise
+    budget_minutes: float | None = None     # the whole schedule in so much time, whatever the steps
+    budget_vqvae: float = 0.3           # share of --budget-minutes for stage 1, where both are trained
+    stop_after_minutes: float | None = None     # save and exit then, to go on by --resume
     batch_size: int = 64                # pictures a step over all GPUs, in both stages
     micro_batch_size: int | None = None     # pictures a GPU takes at once, at most; absent: all its share
     vqvae_lr: float = 4e-3              # peak learning rate of stage 1 per 256 pictures of batch
@@ -108,9 +111,11 @@ class TrainConfig:
             ('seed', lambda v: 0 <= v < 2 ** 31, 'in [0, 2^31)'),
             ('vqvae_steps var_steps batch_size micro_batch_size train_count val_count revive_every_steps '
              'log_every_steps save_every_steps gpus', lambda v: v >= 1, '1 or more'),
-            ('vqvae_lr var_lr vqvae_epochs var_epochs tflops', lambda v: 0 < v < math.inf, 'above 0'),
+            ('vqvae_lr var_lr vqvae_epochs var_epochs budget_minutes stop_after_minutes tflops',
+             lambda v: 0 < v < math.inf, 'above 0'),
             ('last_lr top_p', lambda v: 0 <= v <= 1, 'in [0, 1]'),
             ('mfu', lambda v: 0 < v <= 1, 'in (0, 1]'),
+            ('budget_vqvae', lambda v: 0 < v < 1, 'in (0, 1)'),
             ('discriminator_channels', lambda v: v >= 16 and v % 16 == 0, 'a multiple of 16'),
             ('preset', lambda v: v in PRESETS, ', '.join(PRESETS)),
             ('stage', lambda v: v in ('vqvae', 'var', 'both'), 'vqvae, var or both'),
@@ -128,6 +133,9 @@ PRESETS = {                             # learning rates are per 256 pictures: 0
     'cifar10': dict(patch_size=2, channel_mults=(1, 2), vocab_size=1024, scales=(1, 2, 3, 4, 6, 8), depth=6,
                     adaln_gamma_init=1e-2, batch_size=256, vqvae_steps=6000, var_steps=12000, vqvae_lr=2e-3,
                     var_lr=1e-3, flip=True, val_count=2000, save_every_steps=2000),
+    'cifar10-cpu': dict(vocab_size=1024, depth=4, adaln_gamma_init=0.1, batch_size=32, vqvae_steps=4000,
+                        vqvae_lr=0.032, var_steps=4000, var_lr=0.016, flip=True, val_count=2000,
+                        log_every_steps=100, save_every_steps=1000),
     'imagenet256': dict(image_size=256, patch_size=1, channels=160, channel_mults=(1, 1, 2, 2, 4),
                         res_blocks=2, attention=True, z_channels=32, vocab_size=4096,
                         scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), depth=16, vqvae_epochs=40, vqvae_lr=1e-4,
@@ -546,7 +554,7 @@ class FolderData(Data):
 def load_data(config: TrainConfig, image_size: int, device: torch.device) -> Data:
     """The pictures that the preset and --data-dir stand for, the same in all processes."""
     folder = Path(config.data_dir) if config.data_dir else None
-    if folder and (config.preset != 'cifar10' or (folder / 'train').is_dir()):
+    if folder and (not config.preset.startswith('cifar10') or (folder / 'train').is_dir()):
         data = FolderData(config, image_size, device)
     else:
         check(not config.preset.startswith('imagenet'), f'--preset {config.preset}: needs --data-dir, a '
@@ -567,6 +575,9 @@ class Task:
         self.run, self.config, self.name, self.model = run, config, name, model
         steps, epochs = getattr(config, f'{name}_steps'), getattr(config, f'{name}_epochs')
         self.steps = steps or math.ceil(epochs * run.data.count / config.batch_size)
+        self.seconds = 0.0                  # trained so far, validations included, over all resumes
+        share = dict(vqvae=config.budget_vqvae, var=1 - config.budget_vqvae)[name]
+        self.budget = 60 * (config.budget_minutes or 0) * (share if config.stage == 'both' else 1)
         self.lr = getattr(config, f'{name}_lr') * config.batch_size / 256
         self.scale_names = [f'{side}x{side}' for side in model.config.scales]
         self.modules, self.optimizers, self.parallel, self.state = {}, {}, {}, {}
@@ -580,6 +591,11 @@ class Task:
     def network(self) -> torch.nn.Module:
         """The model as a pass should call it: processes only meet in training."""
         return self.parallel['model'] if self.model.training else self.model
+
+    def keep_to_budget(self, step: int):
+        """As many steps in all as make the share that is done, `step`, that of the time that is gone."""
+        if self.budget and step:
+            self.steps = max(step, round(step * self.budget / self.seconds))
 
     def before_step(self, step: int, images: Tensor):
         pass
@@ -848,17 +864,24 @@ def fit(run: 'Run', task: Task):
     count = sum(parameter.numel() for parameter in model.parameters())
     say(f'{task.name}: {count / 1e6:.2f}M parameters, steps {start} to {task.steps}')
     rows, images_since, began = [], 0, time.time()
-    bar = tqdm(range(start, task.steps), desc=task.name, initial=start, total=task.steps, disable=rank() > 0)
-    for step in bar:
+    before = began - task.seconds               # when the stage would have begun, had it never been stopped
+    bar = tqdm(desc=task.name, initial=start, total=task.steps, disable=rank() > 0)
+    step, at_end = start - 1, start == task.steps
+    while not at_end:
+        step += 1
         lr = set_schedule(task, step)
         rows.append(training_step(run, task, step))
         images_since += config.batch_size
 
+        stop_signal, task.seconds, time_is_up = run.agreed_stop(time.time() - before)
+        task.keep_to_budget(step + 1)
+        bar.total = task.steps
+        bar.update()
         at_end = step + 1 == task.steps
         is_log = at_end or (step + 1) % config.log_every_steps == 0
         is_save = at_end or (step + 1) % config.save_every_steps == 0
-        stop_signal = run.stop_signal()
-        if is_log or is_save or stop_signal:
+        is_stop = stop_signal or time_is_up
+        if is_log or is_save or is_stop:
             known, rows = known + agreed(rows), []
             run.check_finite(task, known, step, bar)
             data.agree_on_broken()
@@ -881,14 +904,15 @@ def fit(run: 'Run', task: Task):
                 task.save()
                 task.draw()
             began += time.time() - paused
-        if is_save or stop_signal:
+        if is_save or is_stop:
             run.save(task, step + 1, known)
-        if stop_signal:
+        if is_stop:
             bar.close()
             say(f'stopped at step {step + 1} of {task.steps} of {task.name}, all saved; to go on: '
                 f'{run.resume_command()}')
             leave_processes()
-            sys.exit(128 + stop_signal)
+            sys.exit(128 + stop_signal if stop_signal else 0)
+    bar.close()
 
 
 def average(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -935,21 +959,25 @@ class Run:
     saved: dict | None
     replaced: list[Path]                        # of an earlier run, to be removed when this one begins
     signals: list[int]                          # SIGINT, SIGTERM that came
+    began: float                                # when this process began: time.time()
 
-    def stop_signal(self) -> int:
-        """A signal that any of the processes was sent; 0 if none."""
-        number = torch.tensor(max(self.signals, default=0))
+    def agreed_stop(self, seconds: float) -> tuple[int, float, bool]:
+        """A signal that any of the processes was sent, 0 if none; the most seconds that any of them trained;
+        whether --stop-after-minutes have passed. The same in all processes."""
+        minutes = (time.time() - self.began) / 60
+        found = torch.tensor([max(self.signals, default=0), seconds, minutes], dtype=torch.float64)
         if dist.is_initialized():
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-        return int(number)
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        number, seconds, minutes = found.tolist()
+        return int(number), seconds, minutes >= (self.config.stop_after_minutes or math.inf)
 
     def save(self, task: Task, step: int, rows: list[dict]):
         """last.pt: all that it takes to go on. Rows are what the log has not averaged yet."""
         if rank() == 0:
             sample.save_checkpoint(
                 self.out / 'last.pt', 'resume', self.out / 'previous.pt', settings=self.settings,
-                data=self.data.fingerprint, stage=task.name, step=step, unfinished=step < task.steps,
-                rows=rows, state=task.state,
+                data=self.data.fingerprint, stage=task.name, step=step, seconds=task.seconds,
+                unfinished=step < task.steps, rows=rows, state=task.state,
                 modules={name: module.state_dict() for name, module in task.modules.items()},
                 optimizers={name: optimizer.state_dict() for name, optimizer in task.optimizers.items()})
 
@@ -962,7 +990,8 @@ class Run:
             task.optimizers[name].load_state_dict(self.saved['optimizers'][name])
         for name, tensor in self.saved['state'].items():
             task.state[name].copy_(tensor)
-        start, rows = self.saved['step'], self.saved['rows']
+        start, rows, task.seconds = self.saved['step'], self.saved['rows'], self.saved['seconds']
+        task.keep_to_budget(start)
         self.saved.clear()                          # as large as model and optimizer together
         return start, rows
 
@@ -1042,7 +1071,7 @@ def cost(settings: dict) -> dict:
     """What stage 2 costs: counts, FLOPs of a picture, bytes on a GPU, hours. Allocates no weights."""
     config = make(TrainConfig, settings)
     count, num_classes = dict(shapes=(config.train_count or 12_000, 10), cifar10=(50_000, 10)).get(
-        config.preset, (1_281_167, 1000))
+        config.preset.removesuffix('-cpu'), (1_281_167, 1000))
     with torch.device('meta'):
         tokenizer = VQVAE(make(VQVAEConfig, settings))
         var = VAR(make(VARConfig, settings, num_classes=num_classes))
@@ -1087,8 +1116,9 @@ def describe_cost(settings: dict) -> str:
 
 # ---------------------------------------------------------------------------------------------- command line
 CONFIGS = (VARConfig, VQVAEConfig, TrainConfig)
+OF_ONE_CALL = ('out', 'resume', 'overwrite', 'stop_after_minutes')      # not kept for --resume
 CHANGEABLE = ('out resume overwrite device dtype workers data_dir log_every_steps save_every_steps vqvae_lr '
-              'var_lr dry_run gpus tflops mfu').split()
+              'var_lr stop_after_minutes dry_run gpus tflops mfu').split()
 
 
 def build_parser() -> Parser:
@@ -1142,6 +1172,9 @@ def resolve(given: dict) -> tuple[dict, dict | None]:
         if f'{stage}_epochs' in given:
             check(f'{stage}_steps' not in given, f'--{stage}-epochs, --{stage}-steps: say one or the other')
             settings[f'{stage}_steps'] = None
+        for name in (f'{stage}_epochs', f'{stage}_steps'):
+            check(not (name in given and 'budget_minutes' in given), f'--budget-minutes, {flag(name)}: say '
+                  'one or the other')
     return settings | given, None
 
 
@@ -1207,6 +1240,7 @@ def main(argv: list[str]):
 
 def train(config: TrainConfig, settings: dict, given: dict, saved: dict | None):
     """A whole run: folder, data and models, then its stages."""
+    began = time.time()
     stages = dict(both=['vqvae', 'var']).get(config.stage, [config.stage])
     if saved and saved['stage'] == 'var':                           # stage 1 is done
         stages = ['var']
@@ -1229,18 +1263,18 @@ def train(config: TrainConfig, settings: dict, given: dict, saved: dict | None):
             tokenizer = load_tokenizer(Path(path), given, settings)
         replaced = claim_folder(out, config, stages)
     tokenizer.to(device)
-    shape, began = tokenizer.config, time.time()
+    shape = tokenizer.config
     with rank_0_first():                            # which also downloads for all
         data = load_data(config, shape.image_size, device)
     check_agreement(data, saved)
 
-    kept = {name: value for name, value in settings.items() if name not in ('out', 'resume', 'overwrite')}
+    kept = {name: value for name, value in settings.items() if name not in OF_ONE_CALL}
     kept['micro_batch_size'] = micro_batch_size
     say(f'{config.preset}: {data.count:,} pictures of {shape.image_size}x{shape.image_size} in '
         f'{len(data.class_names)} classes, {sum(tokenizer.scale_lengths)} tokens each, scales '
         f'{shape.scales}, on {world_size()} x {device.type}, {micro_batch_size} at once')
     with signals_noted() as signals:
-        run = Run(kept, config, out, data, micro_batch_size, saved, replaced, signals)
+        run = Run(kept, config, out, data, micro_batch_size, saved, replaced, signals, began)
         if 'vqvae' in stages:
             fit(run, TokenizerTask(run, tokenizer))
             tokenizer.requires_grad_(False)
