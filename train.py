@@ -130,12 +130,13 @@ class TrainConfig:
 PRESETS = {                             # learning rates are per 256 pictures: 0.032 is 0.004 at a batch of 32
     'shapes': dict(depth=2, adaln_gamma_init=0.1, batch_size=32, vqvae_steps=600, vqvae_lr=0.032,
                    var_steps=1000, var_lr=0.016, cfg=2.0, top_p=0.8),
-    'cifar10': dict(patch_size=2, channel_mults=(1, 2), vocab_size=1024, scales=(1, 2, 3, 4, 6, 8), depth=6,
-                    adaln_gamma_init=1e-2, batch_size=256, vqvae_steps=6000, var_steps=12000, vqvae_lr=2e-3,
-                    var_lr=1e-3, flip=True, val_count=2000, save_every_steps=2000),
-    'cifar10-cpu': dict(vocab_size=1024, depth=4, adaln_gamma_init=0.1, batch_size=32, vqvae_steps=4000,
-                        vqvae_lr=0.032, var_steps=4000, var_lr=0.016, flip=True, val_count=2000,
-                        log_every_steps=100, save_every_steps=1000),
+    'cifar10': dict(patch_size=2, channel_mults=(1, 2), vocab_size=4096, scales=(1, 2, 3, 4, 5, 6, 8),
+                    depth=5, shared_adaln=True, adaln_gamma_init=1e-2, stochastic_depth=0.1, batch_size=256,
+                    vqvae_steps=8000, vqvae_lr=4e-3, var_steps=12000, var_lr=2e-3, flip=True, val_count=2000,
+                    save_every_steps=2000),
+    'cifar10-cpu': dict(depth=3, adaln_gamma_init=0.1, batch_size=32, vqvae_steps=3000, vqvae_lr=0.032,
+                        var_steps=6500, var_lr=0.016, flip=True, val_count=2000, log_every_steps=100,
+                        save_every_steps=1000, cfg=6.0, top_k=0, top_p=0.7),
     'imagenet256': dict(image_size=256, patch_size=1, channels=160, channel_mults=(1, 1, 2, 2, 4),
                         res_blocks=2, attention=True, z_channels=32, vocab_size=4096,
                         scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), depth=16, vqvae_epochs=40, vqvae_lr=1e-4,
@@ -603,6 +604,10 @@ class Task:
     def after_step(self):
         pass
 
+    def is_best(self, row: dict) -> bool:
+        """Whether the model is to be kept, by what validation found."""
+        return True
+
 
 REVIVAL_PICTURES = 256                  # whose features may replace dead codes; bounds the memory it takes
 
@@ -742,6 +747,7 @@ class TransformerTask(Task):
         super().__init__(run, 'var', model)
         self.tokenizer = tokenizer
         self.sampling = {name: getattr(self.config, name) for name in ('cfg', 'top_k', 'top_p')}
+        self.state['lowest_loss'] = torch.tensor(math.inf)      # held-out; var.pt has the weights that had it
         self.columns = ['loss', 'accuracy', 'ln_V', 'model_gradient']
         self.columns += [f'{metric}_{name}' for metric in ('loss', 'accuracy') for name in self.scale_names]
 
@@ -768,6 +774,11 @@ class TransformerTask(Task):
             total = total + len(labels) * torch.stack([metrics[name] for name in names])
         means = all_sum(total) / self.run.data.val_count
         return dict(zip(names, means.tolist())) | dict(ln_V=math.log(self.model.config.vocab_size))
+
+    def is_best(self, row: dict) -> bool:
+        lowest = self.state['lowest_loss'].item()
+        self.state['lowest_loss'].fill_(min(lowest, row['loss']))
+        return row['loss'] < lowest
 
     def draw(self):
         """samples.png: a column a class, ten classes at most, at the sampling defaults."""
@@ -899,9 +910,12 @@ def fit(run: 'Run', task: Task):
             run.check_finite(task, [row], step, bar)
             run.log(step + 1, 'val', **row)
             shown = ', '.join(f'{name} {value:.3g}' for name, value in row.items())
-            say(f'{task.name} step {step + 1}, held-out: {shown}')
+            best = task.is_best(row)
+            say(f'{task.name} step {step + 1}, held-out: {shown}'
+                + ('' if best else f'; not its best, so {task.name}.pt stays that of an earlier step'))
             if rank() == 0:
-                task.save()
+                if best:
+                    task.save()
                 task.draw()
             began += time.time() - paused
         if is_save or is_stop:
