@@ -39,6 +39,7 @@ from vqvae import VQVAE, Discriminator, VQVAEConfig
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE / 'notebooks'))
+import curves                                                               # noqa: E402
 import judge                                                                # noqa: E402
 import measure                                                              # noqa: E402
 
@@ -1135,6 +1136,10 @@ WRONG_FLAGS = """
     sample.py RUN/var.pt --png-dir RUN/var.csv      | --png-dir; cannot be written
     measure.py RUN/var.pt --count 0                 | --count 0; at least 1
     measure.py RUN/vqvae.pt                         | vqvae.pt; kind 'vqvae'
+    curves.py none.csv a.png                        | none.csv; no such file
+    curves.py RUN/vqvae.csv a.png                   | vqvae.csv; not the var.csv
+    curves.py RUN/var.pt a.png                      | var.pt; not the var.csv
+    curves.py RUN/var.csv a.gif                     | a.gif; .png
     judge.py none.npz                               | none.npz; no such file
     judge.py RUN/var.csv                            | var.csv; not what sample.py --npz writes
 """
@@ -1147,7 +1152,7 @@ def test_a_wrong_flag_is_named(line, tiny_run, tmp_path, capsys, monkeypatch):
     script, *arguments = command.replace('RUN', str(tiny_run)).split()
     if script == 'train.py':
         arguments = ['--train-count', '50', '--out', 'run', *arguments]
-    main = dict(train=train, sample=sample, judge=judge, measure=measure)[script.removesuffix('.py')].main
+    main = sys.modules[script.removesuffix('.py')].main
     error = complaint(main, arguments, capsys, monkeypatch)
     assert all(word in error for word in words.strip().split('; ')), error
     assert not [path for path in tmp_path.rglob('*') if path.is_file()]
@@ -1312,6 +1317,20 @@ def test_measured_bits_and_psnr_are_those_of_validation(tiny_run):
         assert hits_KV.sum() == 32 * 69
     assert psnr == pytest.approx(float(stage_1['psnr']), abs=1e-3)
     assert 100 * (hits_KV.sum(0) > 0).float().mean() == pytest.approx(float(stage_1['use']))
+
+
+def test_var_pt_keeps_the_step_with_the_lowest_held_out_loss(tmp_path):
+    out = run('--train-count 8 --var-steps 60 --var-lr 0.3 --save-every-steps 10', tmp_path / 'run')
+    losses = [float(row['loss']) for row in curve(out, 'var') if row['split'] == 'val']
+    assert min(losses) < losses[-1] - 0.01                      # eight pictures were learned by heart
+    tokenizer, var, _ = sample.load(out / 'var.pt')
+    _, bits_L, _ = measure.measure(tokenizer, var, *train.draw_shapes(32, 2 ** 31))
+    assert bits_L.mean() * math.log(2) == pytest.approx(min(losses), rel=1e-4)
+
+
+def test_the_curves_of_a_run_are_drawn(tiny_run, tmp_path):
+    curves.main([str(tiny_run / 'var.csv'), str(tmp_path / 'curves.png')])
+    assert Image.open(tmp_path / 'curves.png').size == (770, 440)
 
 
 def test_the_frechet_distance_is_that_of_two_gaussians():

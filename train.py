@@ -1,7 +1,7 @@
 """Trains VAR: stage 1 the tokenizer (vqvae.py), stage 2 the next-scale transformer (var.py).
 
     python train.py                                             # both stages on drawn shapes, on any CPU
-    python train.py --preset cifar10                            # CIFAR-10, downloaded to data/
+    python train.py --preset cifar10-cpu                        # CIFAR-10, downloaded to data/, on any CPU
     python train.py --data-dir photos                           # your own: photos/train/<class>/*.jpg
     torchrun --nproc-per-node 8 train.py --preset imagenet256 --depth 16 --data-dir imagenet
     python train.py --resume                                    # go on from the last save in out/shapes
@@ -9,7 +9,8 @@
 
 Every field of TrainConfig, VQVAEConfig and VARConfig is a flag; a preset is a set of values for them. A run
 leaves in --out (out/<preset>): vqvae.pt and var.pt, to use and to share; last.pt and previous.pt, to resume;
-vqvae.csv and var.csv, the logs; reconstructions.png and samples.png.
+vqvae.csv and var.csv, the logs; reconstructions.png and samples.png. (Of all validations of stage 2, var.pt
+keeps the weights with the lowest held-out loss.)
 
 All that is random in step s follows from (seed, s, place in the batch): the pictures, their augmentation,
 dropout. So there are no random states to save: a run that is resumed goes on as if it had never stopped (to

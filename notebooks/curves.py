@@ -1,16 +1,15 @@
-"""Draws the loss of each scale from var.csv, next to ln V, what guessing costs; needs matplotlib.
+"""Draws the loss of each scale from the log of stage 2, next to ln V, what guessing costs; needs matplotlib.
 
-    python notebooks/curves.py out/cifar10/var.csv curves.png
+    python notebooks/curves.py out/cifar10-cpu/var.csv curves.png
 """
 import csv
 import sys
 from pathlib import Path
 
-import matplotlib
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sample import Parser, check, prepare_folder, run_command               # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from sample import Parser, UserError, check, prepare_folder, run_command    # noqa: E402
 
 
 def main(argv: list[str]):
@@ -20,19 +19,22 @@ def main(argv: list[str]):
     args = parser.parse_args(argv)
     check(Path(args.log).is_file(), f'{args.log}: no such file')
     check(args.picture.endswith('.png'), f'{args.picture}: must end in .png')
-    prepare_folder(Path(args.picture).parent, 'picture')
-    with open(args.log, newline='') as file:
-        rows = list(csv.DictReader(file))
-    names = [name for name in rows[0] if name.startswith('loss_')] if rows else []
-    check(names, f'{args.log}: has no losses by scale; name the var.csv of a run')
-    matplotlib.use('Agg')
-    figure, axes = plt.subplots(figsize=(7, 4), layout='constrained')
-    for i, name in enumerate(names):
-        for split, line in (('train', '-'), ('val', 'o--')):
-            points = [(int(row['step']), float(row[name])) for row in rows if row['split'] == split]
-            label = f"{name.removeprefix('loss_')}, {'training' if split == 'train' else 'held-out'}"
-            axes.plot(*zip(*points), line, color=f'C{i}', label=label, linewidth=1, markersize=3)
-    level = max(float(row['ln_V']) for row in rows if row['split'] == 'val')
+    prepare_folder(Path(args.picture).parent, 'folder')
+    try:
+        rows = list(csv.DictReader(Path(args.log).read_text().splitlines()))
+        scales = [name.removeprefix('loss_') for name in rows[0] if name.startswith('loss_')]
+        points = {(scale, split): [(int(row['step']), float(row[f'loss_{scale}'])) for row in rows
+                                   if row['split'] == split]
+                  for scale in scales for split in ('train', 'val')}
+        level = max(float(row['ln_V']) for row in rows if row['split'] == 'val')
+    except (ValueError, KeyError, IndexError, AttributeError, csv.Error):
+        raise UserError(f'{args.log}: not the var.csv of a run that has come to a validation') from None
+    figure = Figure(figsize=(7, 4), layout='constrained')
+    axes = figure.subplots()
+    for (scale, split), curve in points.items():
+        line, label = ('-', 'training') if split == 'train' else ('o--', 'held-out')
+        axes.plot(*zip(*curve), line, color=f'C{scales.index(scale)}', label=f'{scale}, {label}',
+                  linewidth=1, markersize=3)
     axes.axhline(level, color='grey', linestyle=':', label=f'ln V = {level:.2f}')
     axes.set(xlabel='step', ylabel='cross-entropy, nats a token', title='Loss of each scale')
     axes.legend(fontsize=8, ncols=2)

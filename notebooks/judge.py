@@ -1,13 +1,12 @@
 """Judges samples: does a classifier see in them what was asked for, and are they as varied as real pictures?
 
     python sample.py notebooks/cifar10.pt --npz samples.npz --count 1000
-    python notebooks/judge.py samples.npz                           # CIFAR-10 or shapes: the file says which
+    python notebooks/judge.py samples.npz               # judges CIFAR-10 or shapes, whichever the file holds
 
-The classifier is trained once on the real training pictures (CIFAR-10: 20 minutes on two cores; shapes: a
-minute) and kept in --cache. Two figures: the share of samples that it recognises as the class asked for, and
-the Frechet distance of the samples to as many test pictures in its penultimate features, which is 0 for equal
-means and covariances. It is not FID, whose features come from another network, so a floor stands beside it:
-the same distance for as many training pictures.
+The classifier is trained once on real pictures (CIFAR-10: 20 minutes on two cores; shapes: one) and kept in
+--cache. It says which share of the samples it takes for the class asked for, and how far they are from as
+many test pictures by the Frechet distance in its penultimate features. That is not FID, whose features come
+from another network, so a floor stands beside it: the same distance for as many training pictures.
 """
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sample import Parser, check, prepare_folder, read_checkpoint, run_command, save_checkpoint  # noqa: E402
 from train import CIFAR10_CLASSES, FIGURES, augment, draw_shapes, read_cifar10, to_float  # noqa: E402
 
@@ -36,23 +35,22 @@ def read_pictures(name: str, data_dir: str | None) -> tuple[Tensor, Tensor, Tens
 
 
 class Judge(nn.Module):
-    """A small network in the manner of K. Jordan's airbench94 (2024): whitened 2x2 patches, then three pairs
-    of convolutions that begin as the identity. `mirror`: a picture is judged together with its mirror image.
-    """
+    """In the manner of K. Jordan's airbench94 (2024): whitened 2x2 patches, then pairs of convolutions that
+    begin as the identity. mirror: a picture is judged together with its mirror image."""
 
-    def __init__(self, widths: tuple[int, ...], mirror: bool, num_classes: int = 10):
+    def __init__(self, widths: tuple[int, ...], mirror: bool):
         super().__init__()
         self.mirror, width = mirror, 24
         layers = [nn.Conv2d(3, width, 2), nn.GELU()]
         for out in widths:
             convs = [nn.Conv2d(channels, out, 3, padding=1, bias=False) for channels in (width, out)]
-            for conv in convs:
-                nn.init.dirac_(conv.weight.data[:conv.in_channels])
             layers += [convs[0], nn.MaxPool2d(2), nn.BatchNorm2d(out), nn.GELU(),
                        convs[1], nn.BatchNorm2d(out), nn.GELU()]
+            for conv in convs:
+                nn.init.dirac_(conv.weight.data[:conv.in_channels])
             width = out
         self.trunk = nn.Sequential(*layers, nn.MaxPool2d(3), nn.Flatten())
-        self.head = nn.Linear(width, num_classes, bias=False)
+        self.head = nn.Linear(width, 10, bias=False)
 
     def whiten(self, images: Tensor):
         """Fixes the first layer: the principal directions of 2x2 patches and their opposites, normalised."""
@@ -94,9 +92,8 @@ def train_judge(judge: Judge, title: str, images: Tensor, labels: Tensor, epochs
 def load_judge(name: str, data_dir: str | None, cache: str | Path) -> Judge:
     """The judge of 'shapes' or 'cifar10', in eval mode: read from `cache`, or trained and kept there."""
     widths, epochs, mirror = {row[0]: row[1:] for row in JUDGES.values()}[name]
-    cache, title = Path(cache), f'judge of {name}, {epochs} epochs'
     torch.manual_seed(SEED)
-    judge = Judge(widths, mirror)
+    judge, cache, title = Judge(widths, mirror), Path(cache), f'judge of {name}, {epochs} epochs'
     if cache.exists():
         judge.load_state_dict(read_checkpoint(cache, (title,))['weights'])
     else:
@@ -130,22 +127,23 @@ def main(argv: list[str]):
         check(False, f'{args.npz}: not what sample.py --npz writes ({type(error).__name__})')
     check(class_names in JUDGES, f"{args.npz}: classes {', '.join(class_names[:3])}, ...; judges know "
           f"{' and '.join(row[0] for row in JUDGES.values())} alone")
-    check(images.shape[1:] == (3, 32, 32), f'{args.npz}: pictures of {images.shape[3]}x{images.shape[2]}; '
-          'the judge knows 32x32 alone')
+    check(images.shape[1:] == (3, 32, 32),
+          f'{args.npz}: pictures of {images.shape[3]}x{images.shape[2]}; the judge knows 32x32 alone')
     name, (*_, width) = JUDGES[class_names][:2]
     check(len(images) > width, f'{args.npz}: {len(images)} pictures are too few for a covariance of '
           f'{width} features; draw {2 * width} or more, by --count')
     train_images, _, test_images, test_labels = read_pictures(name, args.data_dir)
-    judge, N = load_judge(name, args.data_dir, args.cache or f'out/judge-{name}.pt'), len(images)
-    right = judge.recognised(images, labels)
-    print(f'the judge is right on {judge.recognised(test_images, test_labels).mean():.1%} of test pictures')
-    print(f'{N} samples: {right.mean():.1%} recognised as the class asked for')
+    judge = load_judge(name, args.data_dir, args.cache or f'out/judge-{name}.pt')
+    right, accuracy = judge.recognised(images, labels), judge.recognised(test_images, test_labels).mean()
+    print(f'{len(right)} samples: {right.mean():.1%} recognised as the class asked for, by a judge that is '
+          f'right on {accuracy:.1%} of test pictures')
     for label in labels.unique().tolist():
         print(f'  {class_names[label]:10} {right[labels == label].mean():.1%}')
-    test = judge.features(test_images[:N])
-    distance, floor = (frechet_distance(judge.features(part[:N]), test) for part in (images, train_images))
-    print(f'Frechet distance to {len(test)} test pictures: {distance:.3f}; floor, of training pictures: '
-          f'{floor:.3f}; {distance / floor:.1f} times as much')
+    N = min(len(images), len(test_images))
+    drawn, test, real = (judge.features(part[:N]) for part in (images, test_images, train_images))
+    distance, floor = (frechet_distance(found, test) for found in (drawn, real))
+    print(f'Frechet distance to {N} test pictures: {distance:.3f}, {distance / floor:.1f} times the '
+          f'floor of {floor:.3f}')
 
 
 if __name__ == '__main__':
