@@ -1140,7 +1140,7 @@ WRONG_FLAGS = """
     curves.py RUN/vqvae.csv a.png                   | vqvae.csv; not the var.csv
     curves.py RUN/var.pt a.png                      | var.pt; not the var.csv
     curves.py RUN/var.csv a.gif                     | a.gif; .png
-    judge.py none.npz                               | none.npz; no such file
+    judge.py none.npz                               | none.npz; FileNotFoundError
     judge.py RUN/var.csv                            | var.csv; not what sample.py --npz writes
 """
 
@@ -1353,15 +1353,19 @@ def write_npz(path: Path, count=300, size=32, class_names=train.FIGURES):
 def test_the_judge_names_samples_that_it_cannot_judge(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_npz('size.npz', size=28)
-    write_npz('classes.npz', class_names=['cat', 'dog'])
+    write_npz('classes.npz', class_names=train.CIFAR10_CLASSES[::-1])
     write_npz('few.npz', count=64)
     write_npz('old.npz')
+    write_npz('labels.npz', class_names=train.FIGURES[:9])
+    write_npz('lack.npz')
+    np.savez('lack.npz', **dict(np.load('lack.npz')) | dict(labels=np.zeros(300, int)))
     arrays = dict(np.load('old.npz'))
     del arrays['class_names']
     np.savez('old.npz', **arrays)
-    for name, words in dict(size='28x28; 32x32', classes='cat, dog; shapes and cifar10; alone',
-                            few='64 pictures are too few for a covariance of 64; 128 or more; --count',
-                            old='not what sample.py --npz writes').items():
+    for name, words in dict(size='28x28; 32x32', classes='32x32 of truck, ship; shapes and CIFAR-10',
+                            few='64 pictures of 10 classes; covariance of 64; needs 65',
+                            lack='300 pictures of 1 classes; of all 10', old='not what sample.py --npz writes',
+                            labels='not what sample.py --npz writes').items():
         error = complaint(judge.main, [f'{name}.npz'], capsys, monkeypatch)
         assert f'{name}.npz' in error and all(word in error for word in words.split('; ')), error
     sample.save_checkpoint(Path('other.pt'), 'var')

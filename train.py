@@ -875,59 +875,64 @@ def fit(run: 'Run', task: Task):
         run.save(task, 0, [])                   # from here on, the run can be killed and resumed
     count = sum(parameter.numel() for parameter in model.parameters())
     say(f'{task.name}: {count / 1e6:.2f}M parameters, steps {start} to {task.steps}')
-    rows, images_since, began = [], 0, time.time()
+    rows, images_since, began, is_stop = [], 0, time.time(), False
     before = began - task.seconds               # when the stage would have begun, had it never been stopped
-    bar = tqdm(desc=task.name, initial=start, total=task.steps, disable=rank() > 0)
     step, at_end = start - 1, start == task.steps
-    while not at_end:
-        step += 1
-        lr = set_schedule(task, step)
-        rows.append(training_step(run, task, step))
-        images_since += config.batch_size
+    with tqdm(desc=task.name, initial=start, total=task.steps, disable=rank() > 0) as bar:
+        while not at_end:
+            step += 1
+            lr = set_schedule(task, step)
+            rows.append(training_step(run, task, step))
+            images_since += config.batch_size
 
-        stop_signal, task.seconds, time_is_up = run.agreed_stop(time.time() - before)
-        task.keep_to_budget(step + 1)
-        bar.total = task.steps
-        bar.update()
-        at_end = step + 1 == task.steps
-        is_log = at_end or (step + 1) % config.log_every_steps == 0
-        is_save = at_end or (step + 1) % config.save_every_steps == 0
-        is_stop = stop_signal or time_is_up
-        if is_log or is_save or is_stop:
-            known, rows = known + agreed(rows), []
-            run.check_finite(task, known, step, bar)
-            data.agree_on_broken()
-        if is_log:
-            row, speed = average(known), images_since / (time.time() - began)
-            tokens_per_s = speed * sum(side * side for side in model.config.scales)
-            run.log(step + 1, 'train', lr=lr, images_per_s=speed, tokens_per_s=tokens_per_s, **row)
-            bar.set_postfix_str(f'{task.columns[0]} {row[task.columns[0]]:.3f}, {speed:.0f} images/s')
-            known, images_since, began = [], 0, time.time()
-        if is_save:
-            paused = time.time()
-            model.eval()
-            with autocast(data.device, config.dtype):
-                row = task.validate()
-            run.check_finite(task, [row], step, bar)
-            run.log(step + 1, 'val', **row)
-            shown = ', '.join(f'{name} {value:.3g}' for name, value in row.items())
-            best = task.is_best(row)
-            say(f'{task.name} step {step + 1}, held-out: {shown}'
-                + ('' if best else f'; not its best, so {task.name}.pt stays that of an earlier step'))
-            if rank() == 0:
-                if best:
-                    task.save()
-                task.draw()
-            began += time.time() - paused
-        if is_save or is_stop:
-            run.save(task, step + 1, known)
-        if is_stop:
-            bar.close()
-            say(f'stopped at step {step + 1} of {task.steps} of {task.name}, all saved; to go on: '
-                f'{run.resume_command()}')
-            leave_processes()
-            sys.exit(128 + stop_signal if stop_signal else 0)
-    bar.close()
+            stop_signal, task.seconds, time_is_up = run.agreed_stop(time.time() - before)
+            task.keep_to_budget(step + 1)
+            bar.total = task.steps
+            bar.update()
+            at_end = step + 1 == task.steps
+            is_log = at_end or (step + 1) % config.log_every_steps == 0
+            is_save = at_end or (step + 1) % config.save_every_steps == 0
+            is_stop = stop_signal or time_is_up
+            if is_log or is_save or is_stop:
+                known, rows = known + agreed(rows), []
+                run.check_finite(task, known, step)
+                data.agree_on_broken()
+            if is_log:
+                row, speed = average(known), images_since / (time.time() - began)
+                tokens_per_s = speed * sum(side * side for side in model.config.scales)
+                run.log(step + 1, 'train', lr=lr, images_per_s=speed, tokens_per_s=tokens_per_s, **row)
+                bar.set_postfix_str(f'{task.columns[0]} {row[task.columns[0]]:.3f}, {speed:.0f} images/s')
+                known, images_since, began = [], 0, time.time()
+            if is_save:
+                paused = time.time()
+                validate(run, task, step)
+                began += time.time() - paused
+            if is_save or is_stop:
+                run.save(task, step + 1, known)
+            if is_stop:
+                break
+    if is_stop:
+        say(f'stopped at step {step + 1} of {task.steps} of {task.name}, all saved; to go on: '
+            f'{run.resume_command()}')
+        leave_processes()
+        sys.exit(128 + stop_signal if stop_signal else 0)
+
+
+def validate(run: 'Run', task: Task, step: int):
+    """Measures and draws what the model does after `step`, and writes its file if it is the best so far."""
+    task.model.eval()
+    with autocast(run.data.device, run.config.dtype):
+        row = task.validate()
+    run.check_finite(task, [row], step)
+    run.log(step + 1, 'val', **row)
+    shown = ', '.join(f'{name} {value:.3g}' for name, value in row.items())
+    best = task.is_best(row)
+    say(f'{task.name} step {step + 1}, held-out: {shown}'
+        + ('' if best else f'; not its best, so {task.name}.pt stays that of an earlier step'))
+    if rank() == 0:
+        if best:
+            task.save()
+        task.draw()
 
 
 def average(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -1010,12 +1015,11 @@ class Run:
         self.saved.clear()                          # as large as model and optimizer together
         return start, rows
 
-    def check_finite(self, task: Task, rows: list[dict], step: int, bar: tqdm):
+    def check_finite(self, task: Task, rows: list[dict], step: int):
         """Stops the run where a metric is not a number any more: nothing is saved after that."""
         bad = [(i, name) for i, row in enumerate(rows) for name in row if not math.isfinite(row[name])]
         if not bad:
             return
-        bar.close()
         i, name = min(bad, key=lambda found: (found[0], not found[1][-1].isdigit()))    # a scale, if any
         step -= len(rows) - 1 - i
         with rank_0_first():

@@ -1,12 +1,10 @@
-"""Judges samples: does a classifier see in them what was asked for, and are they as varied as real pictures?
+"""Judges samples of CIFAR-10 or of shapes: does a classifier see what was asked for, are they as varied?
 
     python sample.py notebooks/cifar10.pt --npz samples.npz --count 1000
-    python notebooks/judge.py samples.npz               # judges CIFAR-10 or shapes, whichever the file holds
+    python notebooks/judge.py samples.npz
 
-The classifier is trained once on real pictures (CIFAR-10: 20 minutes on two cores; shapes: one) and kept in
---cache. It says which share of the samples it takes for the class asked for, and how far they are from as
-many test pictures by the Frechet distance in its penultimate features. That is not FID, whose features come
-from another network, so a floor stands beside it: the same distance for as many training pictures.
+The classifier is trained once on real pictures (7 to 25 minutes on two cores; shapes: one), and kept. Frechet
+distances are taken in its penultimate features (FID: in another network's); training pictures are the floor.
 """
 import sys
 from pathlib import Path
@@ -23,15 +21,14 @@ from train import CIFAR10_CLASSES, FIGURES, augment, draw_shapes, read_cifar10, 
 
 # what a judge is trained on, by its classes: channels of its layers, epochs, whether it mirrors pictures
 JUDGES = {tuple(FIGURES): ('shapes', (16, 32, 64), 3, False),
-          tuple(CIFAR10_CLASSES): ('cifar10', (48, 128, 256), 6, True)}
+          tuple(CIFAR10_CLASSES): ('cifar10', (48, 128, 256), 8, True)}
 BATCH, SEED = 128, 10 ** 6
 
 
 def read_pictures(name: str, data_dir: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Training pictures (N, 3, 32, 32) uint8 and labels, test pictures and labels. Shapes: drawn anew."""
-    if name == 'cifar10':
-        return read_cifar10(data_dir)
-    return *draw_shapes(12_000, SEED), *draw_shapes(5_000, SEED + 1)
+    drawn = name == 'shapes'
+    return (*draw_shapes(12_000, SEED), *draw_shapes(5_000, SEED + 1)) if drawn else read_cifar10(data_dir)
 
 
 class Judge(nn.Module):
@@ -74,8 +71,7 @@ class Judge(nn.Module):
 def train_judge(judge: Judge, title: str, images: Tensor, labels: Tensor, epochs: int):
     """SGD, its learning rate first up and then down; pictures shifted by up to 2 pixels."""
     judge.to(memory_format=torch.channels_last).whiten(images[:5000])
-    learning = [parameter for parameter in judge.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(learning, lr=0.1, momentum=0.85, nesterov=True, weight_decay=1e-3)
+    optimizer = torch.optim.SGD(judge.parameters(), lr=0.1, momentum=0.85, nesterov=True, weight_decay=1e-3)
     steps = epochs * (len(images) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, steps, pct_start=0.23, div_factor=5,
                                                    anneal_strategy='linear', cycle_momentum=False)
@@ -112,27 +108,31 @@ def frechet_distance(a_ND: Tensor, b_ND: Tensor) -> float:
     return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace).item()
 
 
+def read_npz(path: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """What sample.py --npz wrote: pictures (N, 3, H, W) uint8, labels (N,), names of the classes."""
+    try:
+        arrays = np.load(path)
+        images, labels = (torch.from_numpy(arrays[key]) for key in ('arr_0', 'labels'))
+        images, class_names = images.permute(0, 3, 1, 2), tuple(arrays['class_names'].tolist())
+        [class_names[label] for _, label in zip(images, labels, strict=True)]   # fails if one is no class
+    except Exception as error:                                             # np.load fails in many ways
+        check(False, f'{path}: not what sample.py --npz writes ({type(error).__name__})')
+    return images, labels, class_names
+
+
 def main(argv: list[str]):
     parser = Parser(prog='judge.py', description=__doc__)
     parser.add_argument('npz', help='what sample.py --npz wrote')
     parser.add_argument('--data-dir', help='folder with CIFAR-10; absent: downloaded to data/')
     parser.add_argument('--cache', help='the trained judge; absent: out/judge-cifar10.pt or -shapes.pt')
     args = parser.parse_args(argv)
-    check(Path(args.npz).is_file(), f'{args.npz}: no such file; sample.py --npz {args.npz} writes one')
-    try:
-        arrays = np.load(args.npz)
-        images, labels = (torch.from_numpy(arrays[key]) for key in ('arr_0', 'labels'))
-        images, class_names = images.permute(0, 3, 1, 2), tuple(arrays['class_names'].tolist())
-    except Exception as error:                                             # np.load fails in many ways
-        check(False, f'{args.npz}: not what sample.py --npz writes ({type(error).__name__})')
-    check(class_names in JUDGES, f"{args.npz}: classes {', '.join(class_names[:3])}, ...; judges know "
-          f"{' and '.join(row[0] for row in JUDGES.values())} alone")
-    check(images.shape[1:] == (3, 32, 32),
-          f'{args.npz}: pictures of {images.shape[3]}x{images.shape[2]}; the judge knows 32x32 alone')
+    images, labels, class_names = read_npz(args.npz)
+    check(class_names in JUDGES and images.shape[1:] == (3, 32, 32), f"{args.npz}: {images.shape[3]}x"
+          f"{images.shape[2]} of {', '.join(class_names[:3])}, ...; judges know 32x32 shapes and CIFAR-10")
     name, (*_, width) = JUDGES[class_names][:2]
-    check(len(images) > width, f'{args.npz}: {len(images)} pictures are too few for a covariance of '
-          f'{width} features; draw {2 * width} or more, by --count')
-    train_images, _, test_images, test_labels = read_pictures(name, args.data_dir)
+    check(len(images) > width and len(labels.unique()) == 10, f'{args.npz}: {len(images)} pictures of '
+          f'{len(labels.unique())} classes; a covariance of {width} features needs {width + 1}, of all 10')
+    real_images, _, test_images, test_labels = read_pictures(name, args.data_dir)
     judge = load_judge(name, args.data_dir, args.cache or f'out/judge-{name}.pt')
     right, accuracy = judge.recognised(images, labels), judge.recognised(test_images, test_labels).mean()
     print(f'{len(right)} samples: {right.mean():.1%} recognised as the class asked for, by a judge that is '
@@ -140,7 +140,7 @@ def main(argv: list[str]):
     for label in labels.unique().tolist():
         print(f'  {class_names[label]:10} {right[labels == label].mean():.1%}')
     N = min(len(images), len(test_images))
-    drawn, test, real = (judge.features(part[:N]) for part in (images, test_images, train_images))
+    drawn, test, real = (judge.features(part[:N]) for part in (images, test_images, real_images))
     distance, floor = (frechet_distance(found, test) for found in (drawn, real))
     print(f'Frechet distance to {N} test pictures: {distance:.3f}, {distance / floor:.1f} times the '
           f'floor of {floor:.3f}')
