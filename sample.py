@@ -323,8 +323,9 @@ def check_flags(args: argparse.Namespace):
             prepare_folder(Path(path).parent, name)
     if args.png_dir is not None:
         prepare_folder(Path(args.png_dir), '--png-dir')
-        check(not os.listdir(args.png_dir), f'--png-dir {args.png_dir}: not empty, and an evaluator reads '
-              'all that is there; empty it or choose another')
+        is_shared = os.listdir(Path(args.png_dir)) or args.out and Path(args.out).parent == Path(args.png_dir)
+        check(not is_shared, f'--png-dir {args.png_dir}: not empty, or --out would lie there; an evaluator '
+              'reads all that is there, so empty it or choose another')
     if args.export and Path(args.export).exists() and Path(args.checkpoint).exists():
         check(not os.path.samefile(args.export, args.checkpoint), f'--export {args.export}: is the '
               'checkpoint itself, which would lose its precision; choose another')

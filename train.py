@@ -9,13 +9,13 @@
 
 Every field of TrainConfig, VQVAEConfig and VARConfig is a flag; a preset is a set of values for them. A run
 leaves in --out (out/<preset>): vqvae.pt and var.pt, to use and to share; last.pt and previous.pt, to resume;
-vqvae.csv and var.csv, the logs; reconstructions.png and samples.png. (Of all validations of stage 2, var.pt
-keeps the weights with the lowest held-out loss.)
+vqvae.csv and var.csv, the logs; reconstructions.png and samples.png. (var.pt holds, and samples.png shows,
+the weights with the lowest held-out loss of all validations.)
 
 All that is random in step s follows from (seed, s, place in the batch): the pictures, their augmentation,
 dropout. So there are no random states to save: a run that is resumed goes on as if it had never stopped (to
-the bit on CPUs; GPUs may add up in varying order), and one that is spread over more processes does the same
-up to rounding. Shapes stand in the names of tensors as in var.py.
+the bit on CPUs; GPUs may add up in varying order, and --budget-minutes goes by the clock), and one that is
+spread over more processes does the same up to rounding. Shapes stand in the names of tensors as in var.py.
 """
 import argparse
 import csv
@@ -76,7 +76,7 @@ class TrainConfig:
     var_steps: int | None = None        # absent: var_epochs
     vqvae_epochs: float = 1.0           # stage 1 in rounds through the training pictures
     var_epochs: float = 1.0             # stage 2 likewise
-    budget_minutes: float | None = None     # the whole schedule in so much time, whatever the steps
+    budget_minutes: float | None = None     # fit the whole schedule into so much training, over all resumes
     budget_vqvae: float = 0.3           # share of --budget-minutes for stage 1, where both are trained
     stop_after_minutes: float | None = None     # save and exit then, to go on by --resume
     batch_size: int = 64                # pictures a step over all GPUs, in both stages
@@ -135,9 +135,10 @@ PRESETS = {                             # learning rates are per 256 pictures: 0
                     depth=5, shared_adaln=True, adaln_gamma_init=1e-2, stochastic_depth=0.1, batch_size=256,
                     vqvae_steps=8000, vqvae_lr=4e-3, var_steps=12000, var_lr=2e-3, flip=True, val_count=2000,
                     save_every_steps=2000),
-    'cifar10-cpu': dict(depth=3, adaln_gamma_init=0.1, batch_size=32, vqvae_steps=3000, vqvae_lr=0.032,
-                        var_steps=6500, var_lr=0.016, flip=True, val_count=2000, log_every_steps=100,
-                        save_every_steps=1000, cfg=6.0, top_k=0, top_p=0.7),
+    'cifar10-cpu': dict(channels=96, vocab_size=1024, depth=3, adaln_gamma_init=0.1, batch_size=32,
+                        vqvae_steps=16_000, vqvae_lr=0.032, var_steps=20_000, var_lr=0.016,
+                        budget_vqvae=0.22, flip=True, val_count=2000, log_every_steps=100,
+                        save_every_steps=2000, cfg=7.0, top_k=0, top_p=0.8),
     'imagenet256': dict(image_size=256, patch_size=1, channels=160, channel_mults=(1, 1, 2, 2, 4),
                         res_blocks=2, attention=True, z_channels=32, vocab_size=4096,
                         scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), depth=16, vqvae_epochs=40, vqvae_lr=1e-4,
@@ -577,7 +578,7 @@ class Task:
         self.run, self.config, self.name, self.model = run, config, name, model
         steps, epochs = getattr(config, f'{name}_steps'), getattr(config, f'{name}_epochs')
         self.steps = steps or math.ceil(epochs * run.data.count / config.batch_size)
-        self.seconds = 0.0                  # trained so far, validations included, over all resumes
+        self.seconds = 0.0                  # trained so far, over all resumes: steps and validations
         share = dict(vqvae=config.budget_vqvae, var=1 - config.budget_vqvae)[name]
         self.budget = 60 * (config.budget_minutes or 0) * (share if config.stage == 'both' else 1)
         self.lr = getattr(config, f'{name}_lr') * config.batch_size / 256
@@ -596,7 +597,7 @@ class Task:
 
     def keep_to_budget(self, step: int):
         """As many steps in all as make the share that is done, `step`, that of the time that is gone."""
-        if self.budget and step:
+        if self.budget and self.seconds:
             self.steps = max(step, round(step * self.budget / self.seconds))
 
     def before_step(self, step: int, images: Tensor):
@@ -605,8 +606,8 @@ class Task:
     def after_step(self):
         pass
 
-    def is_best(self, row: dict) -> bool:
-        """Whether the model is to be kept, by what validation found."""
+    def keep_lowest(self, row: dict) -> bool:
+        """Takes note of what a validation found; whether the model is to be written because of it."""
         return True
 
 
@@ -776,7 +777,7 @@ class TransformerTask(Task):
         means = all_sum(total) / self.run.data.val_count
         return dict(zip(names, means.tolist())) | dict(ln_V=math.log(self.model.config.vocab_size))
 
-    def is_best(self, row: dict) -> bool:
+    def keep_lowest(self, row: dict) -> bool:
         lowest = self.state['lowest_loss'].item()
         self.state['lowest_loss'].fill_(min(lowest, row['loss']))
         return row['loss'] < lowest
@@ -874,9 +875,9 @@ def fit(run: 'Run', task: Task):
     if start == 0:
         run.save(task, 0, [])                   # from here on, the run can be killed and resumed
     count = sum(parameter.numel() for parameter in model.parameters())
-    say(f'{task.name}: {count / 1e6:.2f}M parameters, steps {start} to {task.steps}')
-    rows, images_since, began, is_stop = [], 0, time.time(), False
-    before = began - task.seconds               # when the stage would have begun, had it never been stopped
+    aim = f'to {task.budget / 60:.3g} minutes of training' if task.budget else f'to {task.steps}'
+    say(f'{task.name}: {count / 1e6:.2f}M parameters, steps {start} {aim}')
+    rows, images_since, began, is_stop = [], 0, time.monotonic(), False
     step, at_end = start - 1, start == task.steps
     with tqdm(desc=task.name, initial=start, total=task.steps, disable=rank() > 0) as bar:
         while not at_end:
@@ -885,7 +886,9 @@ def fit(run: 'Run', task: Task):
             rows.append(training_step(run, task, step))
             images_since += config.batch_size
 
-            stop_signal, task.seconds, time_is_up = run.agreed_stop(time.time() - before)
+            if step == start:                   # is slow, waiting for workers and kernels: isn't counted
+                before = time.monotonic() - task.seconds
+            stop_signal, task.seconds, time_is_up = run.agreed_stop(time.monotonic() - before)
             task.keep_to_budget(step + 1)
             bar.total = task.steps
             bar.update()
@@ -898,15 +901,16 @@ def fit(run: 'Run', task: Task):
                 run.check_finite(task, known, step)
                 data.agree_on_broken()
             if is_log:
-                row, speed = average(known), images_since / (time.time() - began)
+                row, speed = average(known), images_since / (time.monotonic() - began)
                 tokens_per_s = speed * sum(side * side for side in model.config.scales)
                 run.log(step + 1, 'train', lr=lr, images_per_s=speed, tokens_per_s=tokens_per_s, **row)
                 bar.set_postfix_str(f'{task.columns[0]} {row[task.columns[0]]:.3f}, {speed:.0f} images/s')
-                known, images_since, began = [], 0, time.time()
+                known, images_since, began = [], 0, time.monotonic()
             if is_save:
-                paused = time.time()
-                validate(run, task, step)
-                began += time.time() - paused
+                paused = time.monotonic()
+                validate_and_keep(run, task, step)
+                began += time.monotonic() - paused
+                task.seconds = time.monotonic() - before
             if is_save or is_stop:
                 run.save(task, step + 1, known)
             if is_stop:
@@ -918,20 +922,19 @@ def fit(run: 'Run', task: Task):
         sys.exit(128 + stop_signal if stop_signal else 0)
 
 
-def validate(run: 'Run', task: Task, step: int):
-    """Measures and draws what the model does after `step`, and writes its file if it is the best so far."""
+def validate_and_keep(run: 'Run', task: Task, step: int):
+    """Measures the model after `step`. Draws and writes it, unless an earlier one was better."""
     task.model.eval()
     with autocast(run.data.device, run.config.dtype):
         row = task.validate()
     run.check_finite(task, [row], step)
     run.log(step + 1, 'val', **row)
     shown = ', '.join(f'{name} {value:.3g}' for name, value in row.items())
-    best = task.is_best(row)
+    kept = task.keep_lowest(row) or not (run.out / f'{task.name}.pt').exists()
     say(f'{task.name} step {step + 1}, held-out: {shown}'
-        + ('' if best else f'; not its best, so {task.name}.pt stays that of an earlier step'))
-    if rank() == 0:
-        if best:
-            task.save()
+        + ('' if kept else f'; not its lowest, so {task.name}.pt stays that of an earlier step'))
+    if rank() == 0 and kept:
+        task.save()
         task.draw()
 
 
@@ -979,12 +982,12 @@ class Run:
     saved: dict | None
     replaced: list[Path]                        # of an earlier run, to be removed when this one begins
     signals: list[int]                          # SIGINT, SIGTERM that came
-    began: float                                # when this process began: time.time()
+    began: float                                # when this process began to train: time.monotonic()
 
     def agreed_stop(self, seconds: float) -> tuple[int, float, bool]:
         """A signal that any of the processes was sent, 0 if none; the most seconds that any of them trained;
         whether --stop-after-minutes have passed. The same in all processes."""
-        minutes = (time.time() - self.began) / 60
+        minutes = (time.monotonic() - self.began) / 60
         found = torch.tensor([max(self.signals, default=0), seconds, minutes], dtype=torch.float64)
         if dist.is_initialized():
             dist.all_reduce(found, dist.ReduceOp.MAX)
@@ -1010,7 +1013,7 @@ class Run:
             task.optimizers[name].load_state_dict(self.saved['optimizers'][name])
         for name, tensor in self.saved['state'].items():
             task.state[name].copy_(tensor)
-        start, rows, task.seconds = self.saved['step'], self.saved['rows'], self.saved['seconds']
+        start, rows, task.seconds = self.saved['step'], self.saved['rows'], self.saved.get('seconds', 0.0)
         task.keep_to_budget(start)
         self.saved.clear()                          # as large as model and optimizer together
         return start, rows
@@ -1259,7 +1262,7 @@ def main(argv: list[str]):
 
 def train(config: TrainConfig, settings: dict, given: dict, saved: dict | None):
     """A whole run: folder, data and models, then its stages."""
-    began = time.time()
+    began = time.monotonic()
     stages = dict(both=['vqvae', 'var']).get(config.stage, [config.stage])
     if saved and saved['stage'] == 'var':                           # stage 1 is done
         stages = ['var']
@@ -1303,7 +1306,7 @@ def train(config: TrainConfig, settings: dict, given: dict, saved: dict | None):
             var = VAR(make(VARConfig, settings | fixed, num_classes=len(data.class_names))).to(device)
             fit(run, TransformerTask(run, var, tokenizer))
     pictures = [out / dict(vqvae='reconstructions.png', var='samples.png')[stage] for stage in stages]
-    say(f"done in {time.time() - began:.0f} s; look at {' and then at '.join(map(str, pictures))}")
+    say(f"done in {time.monotonic() - began:.0f} s; look at {' and then at '.join(map(str, pictures))}")
     leave_processes()
 
 

@@ -27,11 +27,13 @@ def main(argv: list[str]):
                                    if row['split'] == split]
                   for scale in scales for split in ('train', 'val')}
         level = max(float(row['ln_V']) for row in rows if row['split'] == 'val')
-    except (ValueError, KeyError, IndexError, AttributeError, csv.Error):
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OSError, csv.Error):
         raise UserError(f'{args.log}: not the var.csv of a run that has come to a validation') from None
     figure = Figure(figsize=(7, 4), layout='constrained')
     axes = figure.subplots()
     for (scale, split), curve in points.items():
+        if not curve:                                                       # no line of training logged yet
+            continue
         line, label = ('-', 'training') if split == 'train' else ('o--', 'held-out')
         axes.plot(*zip(*curve), line, color=f'C{scales.index(scale)}', label=f'{scale}, {label}',
                   linewidth=1, markersize=3)

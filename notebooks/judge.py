@@ -89,7 +89,7 @@ def load_judge(name: str, data_dir: str | None, cache: str | Path) -> Judge:
     """The judge of 'shapes' or 'cifar10', in eval mode: read from `cache`, or trained and kept there."""
     widths, epochs, mirror = {row[0]: row[1:] for row in JUDGES.values()}[name]
     torch.manual_seed(SEED)
-    judge, cache, title = Judge(widths, mirror), Path(cache), f'judge of {name}, {epochs} epochs'
+    judge, cache, title = Judge(widths, mirror), Path(cache), f'judge of {name}, {widths}, {epochs} epochs'
     if cache.exists():
         judge.load_state_dict(read_checkpoint(cache, (title,))['weights'])
     else:
@@ -114,7 +114,7 @@ def read_npz(path: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
         arrays = np.load(path)
         images, labels = (torch.from_numpy(arrays[key]) for key in ('arr_0', 'labels'))
         images, class_names = images.permute(0, 3, 1, 2), tuple(arrays['class_names'].tolist())
-        [class_names[label] for _, label in zip(images, labels, strict=True)]   # fails if one is no class
+        torch.utils.data.TensorDataset(images, F.one_hot(labels, len(class_names)))    # or fails
     except Exception as error:                                             # np.load fails in many ways
         check(False, f'{path}: not what sample.py --npz writes ({type(error).__name__})')
     return images, labels, class_names
