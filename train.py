@@ -134,7 +134,7 @@ PRESETS = {                             # learning rates are per 256 pictures: 0
     'cifar10': dict(patch_size=2, channel_mults=(1, 2), vocab_size=4096, scales=(1, 2, 3, 4, 5, 6, 8),
                     depth=5, shared_adaln=True, adaln_gamma_init=1e-2, stochastic_depth=0.1, batch_size=256,
                     vqvae_steps=8000, vqvae_lr=4e-3, var_steps=12000, var_lr=2e-3, flip=True, val_count=2000,
-                    save_every_steps=2000),
+                    save_every_steps=2000, cfg=4.0, top_k=0, top_p=0.9),
     'cifar10-cpu': dict(channels=96, vocab_size=1024, depth=3, adaln_gamma_init=0.1, batch_size=32,
                         vqvae_steps=16_000, vqvae_lr=0.032, var_steps=20_000, var_lr=0.016,
                         budget_vqvae=0.22, flip=True, val_count=2000, log_every_steps=100,
