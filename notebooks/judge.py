@@ -19,9 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sample import Parser, check, prepare_folder, read_checkpoint, run_command, save_checkpoint  # noqa: E402
 from train import CIFAR10_CLASSES, FIGURES, augment, draw_shapes, read_cifar10, to_float  # noqa: E402
 
-# what a judge is trained on, by its classes: channels of its layers, epochs, whether it mirrors pictures
-JUDGES = {tuple(FIGURES): ('shapes', (16, 32, 64), 3, False),
-          tuple(CIFAR10_CLASSES): ('cifar10', (48, 128, 256), 8, True)}
+# by classes: data, channels of layers, epochs, mirrored or not, noise (clean drawings make a brittle judge)
+JUDGES = {tuple(FIGURES): ('shapes', (16, 32, 64), 3, False, 0.3),
+          tuple(CIFAR10_CLASSES): ('cifar10', (48, 128, 256), 8, True, 0.0)}
 BATCH, SEED = 128, 10 ** 6
 
 
@@ -32,8 +32,7 @@ def read_pictures(name: str, data_dir: str | None) -> tuple[Tensor, Tensor, Tens
 
 
 class Judge(nn.Module):
-    """In the manner of K. Jordan's airbench94 (2024): whitened 2x2 patches, then pairs of convolutions that
-    begin as the identity. mirror: a picture is judged together with its mirror image."""
+    """In the manner of airbench94 (K. Jordan, 2024). mirror: a picture is judged with its mirror image."""
 
     def __init__(self, widths: tuple[int, ...], mirror: bool):
         super().__init__()
@@ -68,7 +67,7 @@ class Judge(nn.Module):
         return (self.head(self.features(images)).argmax(1) == labels).float()
 
 
-def train_judge(judge: Judge, title: str, images: Tensor, labels: Tensor, epochs: int):
+def train_judge(judge: Judge, title: str, images: Tensor, labels: Tensor, epochs: int, noise=0.0):
     """SGD, its learning rate first up and then down; pictures shifted by up to 2 pixels."""
     judge.to(memory_format=torch.channels_last).whiten(images[:5000])
     optimizer = torch.optim.SGD(judge.parameters(), lr=0.1, momentum=0.85, nesterov=True, weight_decay=1e-3)
@@ -78,6 +77,7 @@ def train_judge(judge: Judge, title: str, images: Tensor, labels: Tensor, epochs
     batches = (part for _ in range(epochs) for part in torch.randperm(len(images)).split(BATCH))
     for chosen in tqdm((part for part in batches if len(part) == BATCH), desc=title, total=steps):
         pictures = augment(to_float(images[chosen]), torch.rand(BATCH, 3), judge.mirror, crop=2)
+        pictures = pictures + noise * torch.randn(pictures.shape) if noise else pictures
         logits = judge.head(judge.trunk(pictures.contiguous(memory_format=torch.channels_last))) / 9
         optimizer.zero_grad()
         F.cross_entropy(logits, labels[chosen], label_smoothing=0.2).backward()
@@ -87,14 +87,14 @@ def train_judge(judge: Judge, title: str, images: Tensor, labels: Tensor, epochs
 
 def load_judge(name: str, data_dir: str | None, cache: str | Path) -> Judge:
     """The judge of 'shapes' or 'cifar10', in eval mode: read from `cache`, or trained and kept there."""
-    widths, epochs, mirror = {row[0]: row[1:] for row in JUDGES.values()}[name]
+    widths, epochs, mirror, noise = {row[0]: row[1:] for row in JUDGES.values()}[name]
     torch.manual_seed(SEED)
     judge, cache, title = Judge(widths, mirror), Path(cache), f'judge of {name}, {widths}, {epochs} epochs'
     if cache.exists():
         judge.load_state_dict(read_checkpoint(cache, (title,))['weights'])
     else:
         prepare_folder(cache.parent, '--cache')
-        train_judge(judge, title, *read_pictures(name, data_dir)[:2], epochs)
+        train_judge(judge, title, *read_pictures(name, data_dir)[:2], epochs, noise)
         save_checkpoint(cache, title, weights=judge.state_dict())
     return judge.eval().requires_grad_(False)
 
