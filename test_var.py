@@ -1338,9 +1338,12 @@ def test_var_pt_keeps_the_step_with_the_lowest_held_out_loss(tmp_path):
     out = run('--train-count 8 --var-steps 60 --var-lr 0.3 --save-every-steps 10', tmp_path / 'run')
     losses = [float(row['loss']) for row in curve(out, 'var') if row['split'] == 'val']
     assert min(losses) < losses[-1] - 0.01                      # eight pictures were learned by heart
-    tokenizer, var, _ = sample.load(out / 'var.pt')
+    tokenizer, var, defaults = sample.load(out / 'var.pt')
     _, bits_L, _ = measure.measure(tokenizer, var, *train.draw_shapes(32, 2 ** 31))
     assert bits_L.mean() * math.log(2) == pytest.approx(min(losses), rel=1e-4)
+    drawn = [images for images, _ in sample.draw(tokenizer, var, [*range(10)] * 8, 0, 8, **defaults)]
+    shown = np.asarray(Image.open(out / 'samples.png'))
+    assert np.array_equal(shown, np.asarray(sample.grid(torch.cat(drawn), 10)))     # by the weights in var.pt
     before = (out / 'var.pt').read_bytes(), (out / 'samples.png').read_bytes()
     shutil.copy(out / 'previous.pt', out / 'last.pt')                       # stopped at step 50, and resumed
     train.main(['--resume', '--out', str(out)])
@@ -1364,7 +1367,9 @@ def test_reconstructions_are_written_for_the_judge(tiny_run, tmp_path):
 def test_the_curves_of_a_run_are_drawn(folder, tiny_run, tmp_path):
     log = tiny_run / 'var.csv' if folder == 'tiny_run' else HERE / 'notebooks/cifar10-var.csv'
     curves.main([str(log), str(tmp_path / 'curves.png')])
-    assert Image.open(tmp_path / 'curves.png').size == (770, 440)
+    picture = np.asarray(Image.open(tmp_path / 'curves.png').convert('RGB')).astype(int)
+    coloured = np.ptp(picture, axis=2) > 40
+    assert picture.shape == (440, 770, 3) and coloured.sum() > 2000        # not its legend alone
 
 
 def test_the_committed_model_is_small_and_draws_every_class():
