@@ -276,6 +276,12 @@ def save_picture(path: Path, picture: Image.Image):
     save_file(path, lambda file: picture.save(file, format=PICTURE_FORMATS[path.suffix.lower()]))
 
 
+def save_npz(path: Path, pictures: np.ndarray, labels: list[int], class_names: list[str]):
+    """What evaluators and notebooks/judge.py read: uint8 (N, H, W, 3), labels (N), names of the classes."""
+    arrays = dict(arr_0=pictures, labels=np.array(labels), class_names=np.array(class_names))
+    save_file(path, lambda file: np.savez(file, **arrays))
+
+
 # ---------------------------------------------------------------------------------------------- command line
 def parse_label(text: str, class_names: list[str]) -> int:
     """A class by its number or its name, in any case."""
@@ -360,8 +366,7 @@ def main(argv: list[str]):
                 strips += torch.stack(steps, dim=1).flatten(0, 1)
             bar.update(len(tokens_BL))
     if args.npz:
-        arrays = dict(arr_0=pictures, labels=np.array(labels), class_names=np.array(var.class_names))
-        save_file(Path(args.npz), lambda file: np.savez(file, **arrays))
+        save_npz(Path(args.npz), pictures, labels, var.class_names)
         print(f'{args.npz}: {len(labels)} pictures')
     if args.png_dir:
         for i, picture in enumerate(pictures):

@@ -11,7 +11,6 @@ With --npz, the reconstructions of the test pictures are written for judge.py: s
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from judge import JUDGES, read_pictures                                     # noqa: E402
-from sample import Parser, check, load, prepare_folder, run_command, save_file, to_uint8    # noqa: E402
+from sample import Parser, check, load, prepare_folder, run_command, save_npz, to_uint8     # noqa: E402
 from train import to_float                                                  # noqa: E402
 
 
@@ -75,9 +74,8 @@ def main(argv: list[str]):
     print(f'\n{N} test pictures: PSNR {psnr(test_drawn, test_images):.2f} dB, {bits_L.sum():.1f} bits an '
           f'image; as many training pictures: {psnr(drawn, images):.2f} dB, {train_bits_L.sum():.1f} bits')
     if args.npz:
-        arrays = dict(arr_0=to_uint8(test_drawn).permute(0, 2, 3, 1).numpy(), labels=test_labels.numpy(),
-                      class_names=np.array(var.class_names))
-        save_file(Path(args.npz), lambda file: np.savez(file, **arrays))
+        pictures = to_uint8(test_drawn).permute(0, 2, 3, 1).numpy()
+        save_npz(Path(args.npz), pictures, test_labels.tolist(), var.class_names)
 
 
 if __name__ == '__main__':
