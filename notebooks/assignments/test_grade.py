@@ -1,0 +1,188 @@
+"""The grader, held to its word: stubs get nothing, solutions get all, each planted bug costs its own task only.
+
+    pytest notebooks/assignments
+"""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+import grade                                                                            # noqa: E402
+
+BUGS = [                                # task, what is wrong, what stands in the solution, what takes its place
+    ('A1 phi_index', 'ticks from 0 to 1', '1 / (3 * P), 1 - 1 / (3 * P), P', '0, 1, P'),
+    ('A1 phi_index', 'k counted from 1', 'ticks - k / (K - 1)', 'ticks - (k + 1) / K'),
+    ('A1 encode', 'no phi', 'residual - phi(F.interpolate(vectors, size=size, mode=\'bicubic\'))',
+     'residual - F.interpolate(vectors, size=size, mode=\'bicubic\')'),
+    ('A1 encode', 'features instead of the residual', 'F.interpolate(residual, size=(h', 'F.interpolate(f_BCHW, size=(h'),
+    ('A1 encode', 'cosine for distance', '(places_BlC[:, :, None] - codebook_VC).pow(2).sum(-1)',
+     '-F.cosine_similarity(places_BlC[:, :, None], codebook_VC, dim=-1)'),
+    ('A1 decode', 'no sum over scales', 'sums[-1] + added if sums else added', 'added'),
+    ('A1 decode', 'bilinear for bicubic', "size=scales[-1], mode='bicubic'", "size=scales[-1], mode='bilinear'"),
+    ('A1 teacher_inputs', 'the scale itself', 'zip(f_hats, scales[1:])', 'zip(f_hats[1:], scales[1:])'),
+    ('A1 straight_through', 'no straight-through', 'return f_hat.detach() + f - f.detach()', 'return f_hat'),
+    ('A1 vq_loss', 'no stop-gradient', 'F.mse_loss(f_hat, f.detach())', 'F.mse_loss(f_hat, f)'),
+    ('A1 vq_loss', 'weights ignored', 'terms = [w * (', 'terms = [('),
+    ('A2 block_mask', 'leaks one scale ahead', 'return (back >= 0)', 'return (back >= -1)'),
+    ('A2 block_mask', 'row by row within a scale', 'return (back >= 0)', 'return (back >= 0).tril()'),
+    ('A2 block_mask', 'window off by one', '(len(lengths) if window is None else window)',
+     '(len(lengths) if window is None else window + 1)'),
+    ('A2 attention', 'keys not normalised', 'F.normalize(k, dim=-1).mT', 'k.mT'),
+    ('A2 attention', 'mask upside down', 'masked_fill(~mask', 'masked_fill(mask'),
+    ('A2 cached_step', 'cache off by a scale', 'seen[len(seen) - min(window, len(seen)):]', 'seen[-window - 1:]'),
+    ('A2 cached_step', 'keeps the oldest', 'seen[len(seen) - min(window, len(seen)):]', 'seen[:window]'),
+    ('A2 cached_step', 'blind for its own scale', 'seen = [*cache, (k, v)]', 'seen = cache or [(k, v)]'),
+    ('A2 sees', 'a plain sum', '(layer(x) * weights)', 'layer(x)'),
+    ('A2 sees', 'upside down', 'return torch.stack(rows)', 'return torch.stack(rows).mT'),
+    ('A3 ramp', 'backwards', 'first + (last - first) * k', 'last + (first - last) * k'),
+    ('A3 ramp', 'does not reach the end', 'k / (K - 1) for', 'k / K for'),
+    ('A3 guide', 'the usual convention', 'conditional + t *', 'unconditional + t *'),
+    ('A3 top_k', 'one too many', 'values[..., k - 1:k]', 'values[..., k:k + 1]'),
+    ('A3 top_p', 'off by one', 'mass_before >= p', 'sorted_probs.cumsum(-1) >= p'),
+    ('A3 top_p', 'drops the likely ones', 'mass_before >= p', 'mass_before < p'),
+    ('A3 draw', 'likeliest first', 'probs = logits_BlV.softmax(-1)\n    token', 'probs = logits_BlV.sort(-1, descending=True)[0].softmax(-1)\n    token'),
+    ('A3 draw', 'less or equal', '<= noise_Bl', '< noise_Bl'),
+    ('A3 sample_tokens', 'no null start token', '[var(labels, inputs_BLC).split(lengths, 1)[k] for labels in (labels_B, null_B)]',
+     '[half_null(var, labels_B, labels, inputs_BLC).split(lengths, 1)[k] for labels in (labels_B, null_B)]'),
+    ('A3 sample_tokens', 'guidance of the next scale', '+ t_K[k] *', '+ t_K[(k + 1) % K] *'),
+    ('A3 sample_tokens', 'last tokens for f_hat', 'f_hat = f_hat + tokenizer', 'f_hat = tokenizer'),
+    ('A3 known_places', 'any for all', '> 1 - 1e-6', '> 0'),
+]
+HALF_NULL = """
+def half_null(var, labels_B, labels, inputs_BLC):
+    start = var.class_embedding(labels_B)[:, None] + var.start_position         # of the class, whatever is asked
+    x = torch.cat([start, var.word_embedding(inputs_BLC)], 1) + var.positions()
+    return var.transform(x, var.class_embedding(labels), var.mask_LL)
+"""
+
+
+def solution(assignment: str) -> dict:
+    return json.loads((HERE / 'solutions' / f'{assignment}.ipynb').read_text())
+
+
+def code(notebook: dict) -> str:
+    return '\n'.join(''.join(cell['source']) for cell in notebook['cells'] if cell['cell_type'] == 'code')
+
+
+def changed(assignment: str, old: str, new: str, before: str = '') -> bytes:
+    """The solution with one of its cells changed, and perhaps a cell put first."""
+    notebook = solution(assignment)
+    assert code(notebook).count(old) == 1, f'{old!r} stands {code(notebook).count(old)} times in the solution'
+    for cell in notebook['cells']:
+        cell['source'] = ''.join(cell['source']).replace(old, new)
+    notebook['cells'].insert(0, dict(cell_type='code', source=before, metadata={}, outputs=[], execution_count=None))
+    return json.dumps(notebook).encode()
+
+
+def points(notebook: bytes, assignment: str, seconds: float | None = None) -> tuple[dict, list[str]]:
+    """{task: share of its points} and what is said of the notebook."""
+    tasks, remarks = grade.grade(notebook, assignment, seconds=seconds)
+    return {name: reached / of for name, (reached, of, _) in tasks.items()}, remarks
+
+
+def run(*arguments, cwd=None) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, HERE / 'grade.py', *arguments], capture_output=True, text=True, cwd=cwd)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('assignment', ['A1', 'A2', 'A3', 'A4'])
+def test_a_stub_gets_nothing_and_the_solution_everything(assignment):
+    stub = run(f'{assignment}.ipynb', cwd=HERE)
+    full = run(f'notebooks/assignments/solutions/{assignment}.ipynb', '--seed', '3', cwd=grade.ROOT)
+    assert stub.stdout.splitlines()[-1] == f'{assignment}: 0/20', stub.stderr
+    assert full.stdout.splitlines()[-1] == f'{assignment}: 20/20', full.stdout
+    assert 'expected' in stub.stdout and 'expected' not in full.stdout and not stub.stderr + full.stderr
+
+
+@pytest.mark.parametrize('assignment', ['A1', 'A2', 'A3', 'A4'])
+def test_stub_and_solution_differ_only_in_what_is_to_be_written(assignment):
+    stub, full = json.loads((HERE / f'{assignment}.ipynb').read_text()), solution(assignment)
+    gaps = 0
+    for ours, theirs in zip(stub['cells'], full['cells'], strict=True):
+        before, gap, after = ''.join(ours['source']).partition("    raise NotImplementedError('to be written')")
+        gaps += bool(gap)
+        assert not ours.get('outputs') and ''.join(theirs['source']).startswith(before)
+        assert gap or ours['source'] == theirs['source']
+    assert gaps == len(grade.TASKS[assignment])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task, what, old, new', BUGS, ids=[f'{bug[0]}: {bug[1]}' for bug in BUGS])
+def test_a_planted_bug_costs_its_own_task_and_no_other(task, what, old, new):
+    assignment, task = task.split()
+    shares, _ = points(changed(assignment, old, new, HALF_NULL if 'half_null' in new else ''), assignment)
+    assert [name for name, share in shares.items() if share < 1] == [task], shares
+
+
+BAD = [                                 # what a notebook does, in its first cell or in a task; what is said of it
+    ('loops in a cell', 'while True: pass', '', 'cell 1: ran longer than 4 seconds', []),
+    ('loops in a task', '', 'while True: pass', 'task decode: ran longer than 4 seconds', ['decode']),
+    ('exits', 'import sys; sys.exit(0)', '', 'cell 1: SystemExit: 0', []),
+    ('exits at once', '', 'import os; os._exit(0)', 'task decode: ended the process (exit status 0)', ['decode']),
+    ('dies', 'import os; os.kill(os.getpid(), 9)', '', 'cell 1: ended the process (exit status -9)', []),
+    ('prints megabytes', 'while True: print("x" * 10 ** 6)', '', 'cell 1: printed more than 1 MiB', []),
+    ('prints in a task', '', 'print("x" * 10 ** 7)', 'task decode: printed more than 1 MiB', ['decode']),
+    ('has a bad cell', 'def f(:', '', 'cell 1: SyntaxError', []),
+    ('asks', 'name = input()', '', 'cell 1: EOFError', []),
+    ('awards itself points', 'print("A1: 20/20")\ntorch = __import__("torch")\ntorch.allclose = torch.equal = '
+     'lambda *_, **__: True\nimport __main__; __main__.plain = lambda value: "right"', 'return 0',
+     '', ['phi_index', 'encode', 'decode', 'teacher_inputs', 'straight_through', 'vq_loss']),
+    ('forges a result', 'import glob, sys\nopen(sys.argv[3] + "/decode", "wb").write(b"cposix\\nsystem\\n(S\'true\'\\ntR.")',
+     'return 0', '', ['decode']),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('what, cell, task, said, lost', BAD, ids=[row[0] for row in BAD])
+def test_a_notebook_that_misbehaves_gets_a_clear_line_and_no_points_for_what_it_did_not_do(
+        what, cell, task, said, lost):
+    start = 'sums, start = [], 0'
+    notebook = changed('A1', start, f'{task}\n    {start}' if task else start, cell)
+    shares, remarks = points(notebook, 'A1', seconds=4)
+    assert [name for name, share in shares.items() if share < 1] == lost, (shares, remarks)
+    assert any(remark.startswith(said) for remark in remarks) if said else True, remarks
+    assert all('\n' not in remark for remark in remarks)
+
+
+@pytest.mark.slow
+def test_a_notebook_that_overwrites_the_checks_gets_no_points_and_leaves_no_trace(tmp_path):
+    before = (HERE / 'probes.py').read_bytes()
+    attack = f'open({str(HERE / "probes.py")!r}, "a").write("# mine")'
+    path = tmp_path / 'A1.ipynb'
+    path.write_bytes(changed('A1', 'sums, start = [], 0', 'sums, start = [], 0', attack))
+    done = run(path)
+    assert done.returncode == 2 and done.stdout == ''
+    assert done.stderr == 'error: the notebook changed probes.py, which has been put back; no points\n'
+    assert (HERE / 'probes.py').read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a4_measures_the_tokenizer_itself_and_refuses_one_beyond_the_limits():
+    import torch
+
+    from vqvae import VQVAE, VQVAEConfig
+    config = dict(image_size=32, scales=[1, 2, 4, 8])
+
+    def judged(settings, weights):
+        return grade.judge_tokenizer([settings, weights], seed=0)
+    torch.manual_seed(0)
+    untrained = VQVAE(VQVAEConfig()).state_dict()
+    assert judged(config, untrained)[0] == 4 and 'leaderboard: | ' in judged(config, untrained)[1]
+    large = VQVAE(VQVAEConfig(vocab_size=512)).state_dict()
+    assert judged(config | dict(vocab_size=512), large)[0] == 0         # 85 tokens of 9 bits
+    assert judged(config, {name: weight * float('nan') for name, weight in untrained.items()})[0] <= 4
+    assert judged(config, {})[0] == judged('20/20', None)[0] == 0
+
+
+def test_what_cannot_be_graded_is_refused_with_one_line(tmp_path):
+    for name, content, said in (('A1.ipynb', None, 'no such file'), ('A1.ipynb', '{', 'not a Jupyter notebook'),
+                                ('A1.ipynb', '{"cells": [3], "metadata": {}}', 'not a Jupyter notebook'),
+                                ('mine.ipynb', '{"cells": [], "metadata": {}}', 'not known which assignment')):
+        if content:
+            (tmp_path / name).write_text(content)
+        done = run(name, cwd=tmp_path)
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count('\n') == 1, done.stderr

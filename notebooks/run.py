@@ -1,0 +1,98 @@
+"""Runs the walkthroughs top to bottom, each in a kernel of its own, and holds them to their rules.
+
+    python notebooks/run.py                             # what CI does; the files stay as they are
+    python notebooks/run.py --save                      # writes the outputs into the notebooks
+    python notebooks/run.py NOTEBOOK ... --save
+
+The rules: at most 25 cells (assignments may have more); no error and no warning; a cell that draws ends in an assertion, draws one picture,
+and is followed by its caption, '*Figure n. ...'; no line of code stands in the project's own files already.
+"""
+import ast
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from sample import Parser, UserError, check, run_command, save_file                     # noqa: E402
+
+CELLS, SECONDS = 25, 180                # of one notebook, at most
+COPIED = 32                             # characters: shorter lines, such as a plain call, may be alike
+
+
+def code_lines(text: str) -> set[str]:
+    lines = {line.strip() for line in text.splitlines()}
+    return {line for line in lines if len(line) >= COPIED and not line.startswith(('import ', 'from ', '#'))}
+
+
+def copied_lines(notebook) -> list[str]:
+    """Lines of code that the project's files have as well."""
+    ours = set().union(*(code_lines(path.read_text()) for path in HERE.parent.glob('*.py')
+                         if path.name != 'test_var.py'))
+    return sorted(ours & set().union(*(code_lines(c.source) for c in notebook.cells if c.cell_type == 'code')))
+
+
+def problems(notebook) -> list[str]:
+    """The rules that an executed notebook breaks, a line each."""
+    long = len(notebook.cells) > CELLS and 'assignment' not in notebook.metadata
+    found = [f'has {len(notebook.cells)} cells, at most {CELLS} will do'] * long
+    figures, runs = 0, 0
+    for i, cell in enumerate(notebook.cells):
+        if cell.cell_type != 'code':
+            continue
+        runs += 1
+        if cell.execution_count != runs:
+            found.append(f'cell {i + 1}: was not run in its turn')
+        for output in cell.outputs:
+            if output.output_type == 'error' or output.get('name') == 'stderr':
+                found.append(f'cell {i + 1}: ' + str(output.get('ename') or output.text).strip()[:200])
+        pictures = sum('image/png' in output.get('data', {}) for output in cell.outputs)
+        figures += pictures
+        after = notebook.cells[i + 1].source if i + 1 < len(notebook.cells) else ''
+        if pictures > 1 or pictures and not after.startswith(f'*Figure {figures}. '):
+            found.append(f"cell {i + 1}: draws {pictures} pictures, and no '*Figure {figures}. ' follows")
+        if pictures and not isinstance(ast.parse(cell.source).body[-1], ast.Assert):
+            found.append(f'cell {i + 1}: draws, and asserts nothing at its end')
+    return found + [f'copied: {line}' for line in copied_lines(notebook)]
+
+
+def run(path: Path) -> tuple[nbformat.NotebookNode, float]:
+    """The notebook with fresh outputs, and the seconds that it took."""
+    try:
+        notebook = nbformat.read(path, as_version=4)
+    except (OSError, ValueError, nbformat.ValidationError):
+        raise UserError(f'{path}: not a notebook that can be read') from None
+    start = time.monotonic()
+    client = NotebookClient(notebook, timeout=SECONDS, resources=dict(metadata=dict(path=str(path.parent))),
+                            record_timing=False)
+    try:
+        client.execute()
+    except CellExecutionError:
+        pass                                                # stands in the outputs, and is a problem
+    return notebook, time.monotonic() - start
+
+
+def main(argv: list[str]):
+    parser = Parser(prog='run.py', description=__doc__)
+    parser.add_argument('notebook', nargs='*', help='absent: the walkthroughs')
+    parser.add_argument('--save', action='store_true', help='write the outputs into the notebooks')
+    args = parser.parse_args(argv)
+    failed, total = [], 0.0
+    for path in [Path(name) for name in args.notebook] or sorted(HERE.glob('0*.ipynb')):
+        notebook, seconds = run(path)
+        found = problems(notebook) + [f'took longer than {SECONDS} s'] * (seconds > SECONDS)
+        total += seconds
+        print(f'{path.name}: {seconds:.0f} s, {len(notebook.cells)} cells', *found, sep='\n    ', flush=True)
+        failed += [path.name] * bool(found)
+        if args.save and not found:
+            save_file(path, lambda file: file.write(nbformat.writes(notebook).encode() + b'\n'))
+    print(f'{total:.0f} s in all')
+    check(not failed, f'{", ".join(failed)}: see the lines above')
+
+
+if __name__ == '__main__':
+    run_command(main)
