@@ -38,6 +38,6 @@ def show(images: Tensor, columns: int, row_names=(), column_names=(), width: flo
     axes.imshow(picture)
     axes.set_xticks([pitch * (i + 0.5) for i in range(columns)][:len(column_names)], column_names)
     axes.set_yticks([picture.height / rows * (i + 0.5) for i in range(rows)][:len(row_names)], row_names)
-    axes.tick_params(length=0, labeltop=True, labelbottom=False, labelsize=9 if columns > 8 else 12)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False, labelsize=10 if columns > 8 else 12)
     axes.spines[:].set_visible(False)
     plt.show()

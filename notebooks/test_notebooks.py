@@ -1,0 +1,111 @@
+"""The walkthroughs as they are committed keep the rules of run.py, and README leads to what they answer.
+
+CI runs them as well: python notebooks/run.py
+"""
+import copy
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+import run                                                                              # noqa: E402
+
+WALKTHROUGHS = sorted(HERE.glob('0*.ipynb'))
+SOLUTIONS = sorted(HERE.glob('assignments/solutions/*.ipynb'))
+CIFAR10 = HERE.parents[1] / 'shared' / 'data' / 'cifar10'
+
+
+@pytest.mark.parametrize('path', WALKTHROUGHS + SOLUTIONS, ids=lambda path: path.stem)
+def test_a_committed_notebook_has_run_and_keeps_the_rules(path):
+    assert run.problems(nbformat.read(path, as_version=4)) == []
+    assert len(WALKTHROUGHS) == 3 and len(SOLUTIONS) == 4
+
+
+@pytest.mark.parametrize('path', sorted(HERE.glob('assignments/A*.ipynb')), ids=lambda path: path.stem)
+def test_no_stub_has_a_line_of_the_projects_code(path):
+    assert run.copied_lines(nbformat.read(path, as_version=4)) == []
+
+
+def raises(notebook):
+    output = nbformat.v4.new_output('error', ename='ZeroDivisionError', evalue='', traceback=[])
+    notebook.cells[1].outputs.append(output)
+
+
+def warns(notebook):
+    output = nbformat.v4.new_output('stream', name='stderr', text='UserWarning: deprecated')
+    notebook.cells[1].outputs.append(output)
+
+
+def lacks_a_caption(notebook):
+    notebook.cells[4].source = notebook.cells[4].source.replace('*Figure 1. ', '')
+
+
+def draws_twice(notebook):
+    notebook.cells[3].outputs *= 2
+
+
+def asserts_nothing(notebook):
+    notebook.cells[3].source = re.sub(r'^assert .*\n?', '', notebook.cells[3].source, flags=re.M)
+
+
+def was_not_run(notebook):
+    notebook.cells[3].execution_count = None
+
+
+def is_too_long(notebook):
+    notebook.cells += [nbformat.v4.new_markdown_cell('more')] * 12
+
+
+def copies(notebook):
+    notebook.cells[1].source += '\n    residual = residual - added[-1].detach()'
+
+
+BROKEN = {raises: 'ZeroDivisionError', warns: 'UserWarning', lacks_a_caption: 'Figure 1',
+          draws_twice: '2 pictures', asserts_nothing: 'asserts nothing', was_not_run: 'not run in its turn',
+          is_too_long: 'cells, at most 25', copies: 'copied: residual'}
+
+
+@pytest.mark.parametrize('broken', BROKEN, ids=lambda broken: broken.__name__)
+def test_a_notebook_that_breaks_a_rule_is_told_so(broken):
+    notebook = copy.deepcopy(nbformat.read(WALKTHROUGHS[0], as_version=4))
+    broken(notebook)
+    assert BROKEN[broken] in '\n'.join(run.problems(notebook))
+
+
+@pytest.mark.slow
+def test_a_notebook_that_fails_is_not_saved_and_fails_the_run(tmp_path, capsys):
+    path = tmp_path / 'fails.ipynb'
+    cell = nbformat.v4.new_code_cell('import warnings\nwarnings.warn("deprecated")\nassert 1 == 2')
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
+    before = path.read_bytes()
+    with pytest.raises(run.UserError):
+        run.main([str(path), '--save'])
+    said = capsys.readouterr().out
+    assert 'deprecated' in said and 'AssertionError' in said and path.read_bytes() == before
+    with pytest.raises(run.UserError, match='no.ipynb: not a notebook'):
+        run.main([str(tmp_path / 'no.ipynb')])
+
+
+@pytest.mark.skipif(not CIFAR10.exists(), reason='needs CIFAR-10 in ../shared')
+def test_the_pictures_of_the_walkthroughs_are_the_first_test_pictures():
+    from aids import real_pictures, sample
+    images, labels = real_pictures()
+    sheet = np.asarray(Image.open(CIFAR10 / 'test_batch.webp').convert('RGB'))[:32, :32 * 32]
+    found = sample.to_uint8(images).permute(0, 2, 3, 1).numpy()
+    assert (found == np.stack(np.split(sheet, 32, axis=1))).all()
+    assert labels.tolist() == list((CIFAR10 / 'test_batch.labels').read_bytes()[:32])
+
+
+def test_readmes_index_of_questions_leads_to_sections_that_exist():
+    readme = (HERE.parent / 'README.md').read_text()
+    rows = re.findall(r'^\| .*\? \| \[(0\d)\]\(notebooks/(\S+\.ipynb)\), section (\d) \|', readme, flags=re.M)
+    assert len(rows) >= 7
+    for number, name, section in rows:
+        text = '\n'.join(cell.source for cell in nbformat.read(HERE / name, as_version=4).cells)
+        assert name.startswith(number) and (section == '0' or f'## {section}. ' in text)
