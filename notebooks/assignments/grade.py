@@ -10,6 +10,7 @@ what the reference solution returns. The student's code never shares a process w
 solution, and works on a copy of the project: it can't award itself points. (It isn't locked in: run
 strangers' notebooks in a container.) A4 has no solution to compare with; its tokenizer is measured here.
 """
+import io
 import json
 import math
 import os
@@ -48,24 +49,24 @@ PROTECTED = (*COPIED, 'notebooks/*.py', 'notebooks/assignments/*.py',
 
 
 # ------------------------------------------------------------------------------- running a notebook
-def regular(path: Path, most: int) -> bool:
-    """Whether it is a plain file of at most so many bytes; a notebook may have put anything in its place."""
+def read(path: Path, most: int) -> bytes:
+    """A plain file of at most so many bytes, or b'': a notebook may have put anything in its place."""
     try:
         status = path.lstat()
-        return stat.S_ISREG(status.st_mode) and status.st_size <= most
+        return path.read_bytes() if stat.S_ISREG(status.st_mode) and status.st_size <= most else b''
     except OSError:
-        return False
+        return b''
 
 
 def current_step(folder: Path) -> str:
-    text = (folder / 'step').read_text(errors='replace') if regular(folder / 'step', 99) else ''
+    text = read(folder / 'step', 99).decode(errors='replace')
     return text if re.fullmatch(r'code cell \d+|task \w+|done', text) else ''
 
 
 def read_results(path: Path, *types: type) -> list[tuple]:
     """The rows of these types that probes.py wrote; fewer where the notebook has meddled with them."""
     try:
-        found = torch.load(path, weights_only=True) if regular(path, RETURNED) else []   # runs nobody's code
+        found = torch.load(io.BytesIO(read(path, RETURNED)), weights_only=True)     # runs nobody's code
         return [row for row in found if len(row) == len(types) and all(map(isinstance, row, types))]
     except Exception:                                       # torch.load fails in many ways
         return []
@@ -85,8 +86,7 @@ def watch(process: subprocess.Popen, folder: Path, printed: int, seconds: float,
             break
     if os.fstat(printed).st_size > PRINTED:
         return f'printed more than {PRINTED >> 20} MiB, and was stopped'
-    return '' if step == 'done' or current_step(folder) == 'done' else \
-        f'ended the process (exit status {process.returncode})'
+    return '' if current_step(folder) == 'done' else f'ended the process (exit status {process.returncode})'
 
 
 def end(process: subprocess.Popen):
@@ -136,8 +136,9 @@ def run_notebook(notebook: bytes, assignment: str, seed: int, seconds: float) ->
 @lru_cache
 def reference(assignment: str, seed: int) -> dict:
     """What the solution returns."""
-    solution = (HERE / 'solutions' / f'{assignment}.ipynb').read_bytes()
-    results, remarks = run_notebook(solution, assignment, seed, SECONDS[assignment])
+    path = HERE / 'solutions' / f'{assignment}.ipynb'
+    check(path.is_file(), f'{path}: is missing; answers are compared with what the solution returns')
+    results, remarks = run_notebook(path.read_bytes(), assignment, seed, SECONDS[assignment])
     failed = [error for rows in results.values() for *_, error in rows if error]
     check(all(results.values()) and not remarks and not failed,
           f'the reference solution failed on this machine ({[*remarks, *failed]})')

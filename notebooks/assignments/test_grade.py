@@ -209,6 +209,21 @@ def test_a_notebook_that_changes_the_project_gets_no_points_and_nothing_is_lost(
         (HERE / 'queue.py.changed').unlink(missing_ok=True)
 
 
+def test_results_are_read_without_running_what_is_in_them(tmp_path):
+    path, marker = tmp_path / 'decode', tmp_path / 'marker'
+    path.write_bytes(f"cposix\nsystem\n(S'touch {marker}'\ntR.".encode())
+    assert grade.read_results(path, int, str, object, str) == [] and not marker.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('assignment', ['A1', 'A2', 'A3'])
+def test_another_seed_asks_every_task_with_other_numbers(assignment):
+    """So that answers which were copied from the grader's own lines are worth nothing."""
+    for name, rows in grade.reference(assignment, 0).items():
+        others = grade.reference(assignment, 3)[name]
+        assert any(grade.difference(row[2], other[2]) for row, other in zip(rows, others)), name
+
+
 @pytest.mark.slow
 def test_other_right_answers_get_full_points():
     """Other types, other algorithms, and positional arguments of other names."""
@@ -240,7 +255,7 @@ def test_a4_measures_the_tokenizer_itself_and_refuses_one_beyond_the_limits():
     assert judged(config, untrained)[0] == 0 and 'leaderboard: | ' in judged(config, untrained)[1]
     large = VQVAE(VQVAEConfig(vocab_size=512)).state_dict()
     assert 'at most 680 bits' in judged(config | dict(vocab_size=512), large)[1]    # 85 tokens of 9 bits
-    assert 'at most 650,000' in judged(config, VQVAE(VQVAEConfig(channels=128)).state_dict())[1]
+    assert '650,000 parameters' in judged(config, VQVAE(VQVAEConfig(channels=128)).state_dict())[1]
     assert judged(config, {name: weight * float('nan') for name, weight in untrained.items()})[0] == 0
     assert judged(config | dict(res_blocks=10 ** 7), {})[0] == 0                            # and at once
     assert judged(config, {})[0] == judged('20/20', None)[0] == 0
@@ -255,7 +270,10 @@ def test_a4_ends_when_the_budget_of_pictures_is_spent():
     assert points == 0 and 'the budget of 8000 pictures' in lines[0]
 
 
-def test_what_cannot_be_graded_is_refused_with_one_line(tmp_path):
+def test_what_cannot_be_graded_is_refused_with_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(grade, 'HERE', tmp_path)                # where no solutions are
+    with pytest.raises(grade.UserError, match='A2.ipynb: is missing'):
+        grade.reference('A2', 99)
     bad = [('A1.ipynb', None, 'is no file'), ('A1.ipynb', '{', 'not a Jupyter notebook'),
            ('A1.ipynb', '{"cells": [3], "metadata": {}}', 'not a Jupyter notebook'),
            ('A1.ipynb', '[' * 10 ** 5, 'not a Jupyter notebook'),
