@@ -56,7 +56,7 @@ def problems(notebook) -> list[str]:
         pictures = sum('image/png' in output.get('data', {}) for output in cell.outputs)
         figures += pictures
         after = notebook.cells[i + 1].source if i + 1 < len(notebook.cells) else ''
-        if pictures > 1 or pictures and not after.startswith(f'*Figure {figures}. '):
+        if pictures and not after.startswith(f'*Figure {figures}. '):
             found.append(f"cell {i + 1}: draws {pictures} pictures, and no '*Figure {figures}. ' follows")
         if pictures and not isinstance(ast.parse(cell.source).body[-1], ast.Assert):
             found.append(f'cell {i + 1}: draws, and asserts nothing at its end')

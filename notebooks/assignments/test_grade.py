@@ -144,7 +144,7 @@ BAD = [                         # what a notebook does, in its first cell or in 
     ('prints megabytes', 'while True: print("x" * 10 ** 6)', '', 'code cell 1: printed more than 1 MiB', []),
     ('prints in a task', '', 'print("x" * 10 ** 7)', 'task decode: printed more than 1 MiB', ['decode']),
     ('has a bad cell', 'def f(:', '', 'code cell 1: SyntaxError', []),
-    ('speaks to Jupyter', '%matplotlib inline\n!ls\nassert (1\n        != 2)', '', '', []),
+    ('speaks to Jupyter', '%matplotlib inline\n!ls\nassert (1\n        != 2)\nready = True', 'ready', '', []),
     ('pretends to go on', FOLDER + 'import time\ni = 0\nwhile True:\n    i += 1\n    time.sleep(0.05)\n'
      '    open(folder + "/step", "w").write(f"code cell {i}")', '', 'code cell', ALL),
     ('puts a pipe for a result', FOLDER + 'os.mkfifo(folder + "/decode")', '', '', ['decode']),
@@ -207,6 +207,17 @@ def test_a_notebook_that_changes_the_project_gets_no_points_and_nothing_is_lost(
     finally:
         theirs.unlink(missing_ok=True)
         (HERE / 'queue.py.changed').unlink(missing_ok=True)
+
+
+@pytest.mark.slow
+def test_what_printed_so_much_is_still_named_when_the_process_ends(tmp_path):
+    start = 'sums, start = [], 0'
+    notebook, results = tmp_path / 'A1.ipynb', tmp_path / 'results'
+    notebook.write_bytes(changed('A1', start, f'print("x" * 2 ** 21)\n    {start}'))
+    results.mkdir()
+    with open(tmp_path / 'printed', 'wb') as printed:
+        done = subprocess.run([sys.executable, HERE / 'probes.py', notebook, 'A1', results, '0'], stdout=printed)
+    assert done.returncode == 1 and (results / 'step').read_text() == 'code cell 8'     # the check of decode
 
 
 def test_results_are_read_without_running_what_is_in_them(tmp_path):
