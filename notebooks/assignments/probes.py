@@ -294,7 +294,7 @@ def compiled(source: str, name: str):
     try:
         return compile(source, name, 'exec')
     except SyntaxError:
-        jupyters = r'^(\s*)(%%?[a-z].*|!.*|[\w.]+\?+ *)$'
+        jupyters = r'^(\s*)(%%?[a-z].*|!(?!=).*|[\w.]+\?+ *)$'
         return compile(re.sub(jupyters, r'\1pass', source, flags=re.M), name, 'exec')
 
 

@@ -216,7 +216,8 @@ def test_what_printed_so_much_is_still_named_when_the_process_ends(tmp_path):
     notebook.write_bytes(changed('A1', start, f'print("x" * 2 ** 21)\n    {start}'))
     results.mkdir()
     with open(tmp_path / 'printed', 'wb') as printed:
-        done = subprocess.run([sys.executable, HERE / 'probes.py', notebook, 'A1', results, '0'], stdout=printed)
+        command = [sys.executable, HERE / 'probes.py', notebook, 'A1', results, '0']
+        done = subprocess.run(command, stdout=printed)
     assert done.returncode == 1 and (results / 'step').read_text() == 'code cell 8'     # the check of decode
 
 
