@@ -134,23 +134,29 @@ def cached_step(student, seed):
 
 
 def sees(student, seed):
-    lengths, D = [1, *np.random.default_rng(seed).integers(2, 9, 3).tolist()], 6
-    scale_L = torch.arange(4).repeat_interleave(torch.tensor(lengths))
+    random, D = np.random.default_rng(seed), 8
+    lengths = [1, *random.integers(2, 9, random.integers(2, 5)).tolist()]
+    early, late = sorted(random.choice(len(lengths), 2, replace=False).tolist())
+    scale_L = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     earlier_LL = scale_L[:, None] >= scale_L
-    blind_LL = earlier_LL & (scale_L[:, None] != scale_L + 2)
-    leaky_LL = earlier_LL | ((scale_L[:, None] == 1) & (scale_L == 2))
+    blind_LL = earlier_LL & ~((scale_L[:, None] == late) & (scale_L == early))
+    leaky_LL = earlier_LL | ((scale_L[:, None] == early) & (scale_L == late))
 
     def attend(x, mask_LL):
         return F.scaled_dot_product_attention(x, x, x, attn_mask=mask_LL)
 
+    def centred(x):
+        return x - x.mean(-1, keepdim=True)             # whose sum is 0, and so has no gradient
+
     def hidden(x):
-        """The very last number of scale 3 depends on that of scale 4; all else stays as it is."""
+        """The last number of scale `early` depends on that of scale `late`; all else stays as it is."""
+        ends = np.cumsum(lengths) - 1
         leak = torch.zeros_like(x)
-        leak[:, sum(lengths[:3]) - 1, -1] = 1
-        return x + leak * x[:, -1:]
+        leak[:, ends[early], -1] = 1
+        return x + leak * x[:, ends[late]:ends[late] + 1]
     for layer, what in ((lambda x: attend(x, earlier_LL), 'a block-causal layer'),
                         (lambda x: attend(x, blind_LL), 'a layer that is blind for one scale'),
-                        (lambda x: F.layer_norm(attend(x, leaky_LL), (D,)), 'a leaky layer, LayerNorm last'),
+                        (lambda x: centred(attend(x, leaky_LL)), 'a leaky layer whose outputs sum to 0'),
                         (hidden, 'a layer with one number that leaks')):
         yield 1, f'{what}, scales of {lengths} tokens', lambda: student.sees(layer, lengths, D)
 
