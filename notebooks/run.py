@@ -71,7 +71,7 @@ def run(path: Path) -> tuple[nbformat.NotebookNode, float]:
         raise UserError(f'{path}: not a notebook that can be read') from None
     start = time.monotonic()
     client = NotebookClient(notebook, timeout=SECONDS, resources=dict(metadata=dict(path=str(path.parent))),
-                            record_timing=False)
+                            record_timing=False, extra_arguments=['--log-level=ERROR'])
     try:
         client.execute()
     except CellExecutionError:
