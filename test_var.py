@@ -1450,12 +1450,12 @@ def test_a_judge_that_saw_a_quarter_of_cifar10_once_knows_pictures_and_samples(c
     images, labels, test_images, test_labels = judge.read_pictures('cifar10', str(cifar10))
     network = judge.Judge((48, 128, 256), mirror=True)
     judge.train_judge(network, 'judge', images[:12_800], labels[:12_800], 1)
-    accuracy = network.eval().recognised(test_images[:2000], test_labels[:2000]).mean()
+    accuracy = network.eval().recognised(network.features(test_images[:2000]), test_labels[:2000]).mean()
     tokenizer, var, defaults = sample.load(HERE / 'notebooks/cifar10.pt')
     wanted = torch.arange(200) % 10
     batches = sample.draw(tokenizer, var, wanted.tolist(), 0, 100, **defaults)
     drawn = sample.to_uint8(torch.cat([images for images, _ in batches]))
-    share = network.recognised(drawn, wanted).mean()
+    share = network.recognised(network.features(drawn), wanted).mean()
     print(f'judge {accuracy:.1%}, samples {share:.1%}')
     assert accuracy > 0.5 and share > 0.3
 
@@ -1510,9 +1510,11 @@ def test_the_default_run_draws_what_was_asked_for(tmp_path):
     tokenizer, var, defaults = sample.load(HERE / 'out/shapes/var.pt')
     labels = torch.arange(1000) % 10
     batches = sample.draw(tokenizer, var, labels.tolist(), 1, 100, **defaults)
-    network = judge.load_judge('shapes', None, tmp_path / 'judge.pt')
-    right = network.recognised(sample.to_uint8(torch.cat([images for images, _ in batches])), labels)
-    accuracy = network.recognised(*judge.read_pictures('shapes', None)[2:]).mean()
+    *training, test_images, test_labels = judge.read_pictures('shapes', None)
+    network = judge.load_judge('shapes', *training, tmp_path / 'judge.pt')
+    drawn = sample.to_uint8(torch.cat([images for images, _ in batches]))
+    right = network.recognised(network.features(drawn), labels)
+    accuracy = network.recognised(network.features(test_images), test_labels).mean()
     by_class = [right[c::10].mean().item() for c in range(10)]
     print(f'judge {accuracy:.1%}, recognised {right.mean():.1%}, by class {by_class}')
     assert accuracy >= 0.99 and right.mean() >= 0.9 and min(by_class) >= 0.75

@@ -62,9 +62,9 @@ class Judge(nn.Module):
         parts = [to_float(part).contiguous(memory_format=torch.channels_last) for part in images.split(500)]
         return torch.cat([(self.trunk(x) + self.trunk(x.flip(3) if self.mirror else x)) / 2 for x in parts])
 
-    def recognised(self, images: Tensor, labels: Tensor) -> Tensor:
-        """1.0 where the judge takes a picture, uint8 (N, 3, 32, 32), for its label, else 0.0: (N,)."""
-        return (self.head(self.features(images)).argmax(1) == labels).float()
+    def recognised(self, features: Tensor, labels: Tensor) -> Tensor:
+        """1.0 where the judge takes a picture with these features for its label, else 0.0: (N,)."""
+        return (self.head(features).argmax(1) == labels).float()
 
 
 def train_judge(judge: Judge, title: str, images: Tensor, labels: Tensor, epochs: int, noise=0.0):
@@ -85,7 +85,7 @@ def train_judge(judge: Judge, title: str, images: Tensor, labels: Tensor, epochs
         schedule.step()
 
 
-def load_judge(name: str, data_dir: str | None, cache: str | Path) -> Judge:
+def load_judge(name: str, images: Tensor, labels: Tensor, cache: str | Path) -> Judge:
     """The judge of 'shapes' or 'cifar10', in eval mode: read from `cache`, or trained and kept there."""
     widths, epochs, mirror, noise = {row[0]: row[1:] for row in JUDGES.values()}[name]
     torch.manual_seed(SEED)
@@ -94,7 +94,7 @@ def load_judge(name: str, data_dir: str | None, cache: str | Path) -> Judge:
         judge.load_state_dict(read_checkpoint(cache, (title,))['weights'])
     else:
         prepare_folder(cache.parent, '--cache')
-        train_judge(judge, title, *read_pictures(name, data_dir)[:2], epochs, noise)
+        train_judge(judge, title, images, labels, epochs, noise)
         save_checkpoint(cache, title, weights=judge.state_dict())
     return judge.eval().requires_grad_(False)
 
@@ -132,16 +132,16 @@ def main(argv: list[str]):
     name, (*_, width) = JUDGES[class_names][:2]
     check(len(images) > width and len(labels.unique()) == 10, f'{args.npz}: {len(images)} pictures of '
           f'{len(labels.unique())} classes; a covariance of {width} features needs {width + 1}, of all 10')
-    real_images, _, test_images, test_labels = read_pictures(name, args.data_dir)
-    judge = load_judge(name, args.data_dir, args.cache or f'out/judge-{name}.pt')
-    right, accuracy = judge.recognised(images, labels), judge.recognised(test_images, test_labels).mean()
+    real_images, real_labels, test_images, test_labels = read_pictures(name, args.data_dir)
+    judge = load_judge(name, real_images, real_labels, args.cache or f'out/judge-{name}.pt')
+    N = min(len(images), len(test_images))
+    drawn, test, real = map(judge.features, (images, test_images, real_images[:N]))
+    right, accuracy = judge.recognised(drawn, labels), judge.recognised(test, test_labels).mean()
     print(f'{len(right)} samples: {right.mean():.1%} recognised as the class asked for, by a judge that is '
           f'right on {accuracy:.1%} of test pictures')
     for label in labels.unique().tolist():
         print(f'  {class_names[label]:10} {right[labels == label].mean():.1%}')
-    N = min(len(images), len(test_images))
-    drawn, test, real = (judge.features(part[:N]) for part in (images, test_images, real_images))
-    distance, floor = (frechet_distance(found, test) for found in (drawn, real))
+    distance, floor = (frechet_distance(found[:N], test[:N]) for found in (drawn, real))
     print(f'Frechet distance to {N} test pictures: {distance:.3f}, {distance / floor:.1f} times the '
           f'floor of {floor:.3f}')
 

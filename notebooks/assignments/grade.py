@@ -26,11 +26,11 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(ROOT), str(HERE)]
+sys.path[:0] = [str(ROOT), str(HERE), str(HERE.parent)]
+from measure import psnr                                                                # noqa: E402
 from probes import A4_BATCH, A4_BATCHES, PRINTED, TASKS                                 # noqa: E402
 from sample import Parser, UserError, check, run_command                                # noqa: E402
 from train import draw_shapes, to_float                                                 # noqa: E402
@@ -98,8 +98,8 @@ def end(process: subprocess.Popen):
     process.wait()
 
 
-def run_notebook(notebook: bytes, assignment: str, seed: int, seconds: float) -> tuple[dict, list[str]]:
-    """Results of each task, (points, what, value, error) a check, and what is to be said of the notebook.
+def run_notebook(notebook: bytes, assignment: str, seed: int, seconds: float) -> tuple[dict, list[tuple]]:
+    """Results of each task, (points, what, value, error) a check, and remarks on the notebook, (step, text).
 
     A step that hangs or dies is left out in a new attempt, until the rest has run or the time is over.
     """
@@ -176,9 +176,11 @@ def difference(expected, found, share: float = 1.0) -> str:
         if expected.dtype in kinds and found.dtype in kinds:
             expected, found = expected.to(common), found.to(common)
     if expected.shape == found.shape and expected.dtype == found.dtype:
-        same = torch.isclose(expected, found, rtol=1e-4, atol=1e-6) if expected.is_floating_point() \
-            else expected == found
-        if same.double().mean() >= (1.0 if expected.is_floating_point() else share):
+        if expected.is_floating_point():
+            same, share = torch.isclose(expected, found, rtol=1e-4, atol=1e-6), 1.0
+        else:
+            same = expected == found
+        if same.double().mean() >= share:
             return ''
         wrong = (~same).flatten().nonzero()[0].item()
         wanted, got = (x.flatten()[wrong].item() for x in (expected, found))
@@ -203,14 +205,12 @@ def judge_tokenizer(value, seed: int) -> tuple[int, str]:
         tokenizer.load_state_dict(weights)
     except Exception as error:                              # it may be anything
         return 0, f'expected a VQVAE, trained; what came back does not make one ({error})'
-    pictures = to_float(draw_shapes(1000, seed=seed + 10 ** 6)[0])
-    with torch.no_grad():
-        error = F.mse_loss(tokenizer.eval().decode(tokenizer.encode(pictures)), pictures).item()
-    psnr = -10 * math.log10(error / 4) if 0 < error < math.inf else 0.0
-    points = int(16 * min(1.0, max(0.0, (psnr - A4_BASELINE) / (A4_GOAL - A4_BASELINE))))
-    points += 4 * (psnr >= A4_START)
+    pictures, _ = draw_shapes(1000, seed=seed + 10 ** 6)
+    reached = psnr(tokenizer.eval().decode(tokenizer.encode(to_float(pictures))), pictures)
+    points = int(16 * min(1.0, max(0.0, (reached - A4_BASELINE) / (A4_GOAL - A4_BASELINE))))     # nan: 0
+    points += 4 * (reached >= A4_START)
     scales = ' '.join(map(str, config.scales))
-    return points, (f'leaderboard: | {psnr:.2f} dB | {bits:g} bits | scales {scales} | '
+    return points, (f'leaderboard: | {reached:.2f} dB | {bits:g} bits | scales {scales} | '
                     f'{config.vocab_size} codes | {parameters:,} parameters |' +
                     ('' if points == 20 else f' expected: {A4_GOAL} dB for all points'))
 

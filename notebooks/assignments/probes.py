@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,9 @@ import torch.nn.functional as F
 PRINTED = 2 ** 20                       # bytes that a notebook may print
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+import sample                                                                           # noqa: E402
+from var import draw_tokens                                                             # noqa: E402
+from vqvae import VQVAE, Phi                                                            # noqa: E402
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:
@@ -37,7 +41,6 @@ LANDSCAPE = [(1, 1), (1, 2), (2, 3), (4, 6)]
 
 def pyramid(seed: int, scales: list) -> tuple:
     """A codebook, a phi for each scale, and as many tokens as two pictures have."""
-    from vqvae import Phi
     phis = [Phi(4, 4, 3, padding=1).double().requires_grad_(False) for _ in scales]
     for k, phi in enumerate(phis):
         phi.weight.copy_(normal(seed + k, 4, 4, 3, 3) / 6)
@@ -200,12 +203,10 @@ def draw(student, seed):
 
 
 def sample_tokens(student, seed):
-    import sample
     tokenizer, var, _ = sample.load(ROOT / 'notebooks' / 'cifar10.pt')
     noise_BL = sample.noise_of_pictures(seed, 0, 8, 85)
 
     def pick(logits_BlV, k):
-        from var import draw_tokens
         return draw_tokens(logits_BlV, noise_BL.split(tokenizer.scale_lengths, 1)[k], 0, 0.8)
     for points, t_K in ((2, [0.0, 0.0, 0.0, 0.0]), (3, [2.0, 0.0, 1.0, 3.0])):
         yield points, f'tokens of eight pictures of CIFAR-10, strengths {t_K}', \
@@ -228,10 +229,7 @@ A4_BATCHES, A4_BATCH, A4_ENCODED = 200, 32, 8_000       # pictures may pass the 
 
 def train_tokenizer(student, seed):
     def trained():
-        from dataclasses import asdict
-
-        from train import draw_shapes
-        from vqvae import VQVAE
+        from train import draw_shapes           # here, since it takes long to import and only A4 needs it
         count, features = 0, VQVAE.features
 
         def counted(self, images):

@@ -91,8 +91,8 @@ def changed(assignment: str, old: str, new: str, before: str = '') -> bytes:
     return json.dumps(notebook).encode()
 
 
-def points(notebook: bytes, assignment: str, seconds: float | None = None) -> tuple[dict, list[str]]:
-    """{task: share of its points} and what is said of the notebook."""
+def points(notebook: bytes, assignment: str, seconds: float | None = None) -> tuple[dict, list[tuple]]:
+    """{task: share of its points} and remarks on the notebook, (step, text)."""
     tasks, remarks = grade.grade(notebook, assignment, seconds=seconds)
     return {name: reached / of for name, (reached, of, _) in tasks.items()}, remarks
 
