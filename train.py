@@ -174,11 +174,16 @@ def start_processes():
         dist.init_process_group(backend, timeout=timedelta(minutes=30))
 
 
-def leave_processes():
-    """All leave together, when rank 0 has written everything: torchrun ends those that stay behind."""
+def leave_processes(status: int = 0):
+    """All leave together, when rank 0 has written everything: torchrun ends those that stay behind.
+
+    And at once, since a thread of gloo that outlives the interpreter would now and then abort the process.
+    """
     if dist.is_initialized():
         all_sum(torch.zeros(()))
         dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(status)
 
 
 def all_sum(tensor: Tensor) -> Tensor:
@@ -918,8 +923,9 @@ def fit(run: 'Run', task: Task):
     if is_stop:
         say(f'stopped at step {step + 1} of {task.steps} of {task.name}, all saved; to go on: '
             f'{run.resume_command()}')
-        leave_processes()
-        sys.exit(128 + stop_signal if stop_signal else 0)
+        status = 128 + stop_signal if stop_signal else 0
+        leave_processes(status)
+        sys.exit(status)
 
 
 def validate_and_keep(run: 'Run', task: Task, step: int):
