@@ -6,7 +6,7 @@
     python sample.py out/shapes/var.pt --npz samples.npz --count 50000                 # for an evaluator
     python sample.py out/shapes/var.pt --export small.pt           # the model in bfloat16, half the size
 
-A picture depends on the checkpoint, the flags, the seed and its own number, and not on batch size or device,
+An image depends on the checkpoint, the flags, the seed and its own number, and not on batch size or device,
 where only rounding may differ (so it is drawn in float32, unless --dtype says otherwise). From Python:
 
     tokenizer, var, defaults = sample.load('out/shapes/var.pt')
@@ -16,6 +16,7 @@ A checkpoint, var.pt, holds both stages, their configs, the class names and the 
 else is needed to draw. Shapes stand in the names of tensors as in vqvae.py and var.py.
 """
 import argparse
+import difflib
 import math
 import os
 import re
@@ -44,6 +45,11 @@ class TornError(UserError):
     """A checkpoint that is not whole."""
 
 
+def did_you_mean(word: str, known) -> str:
+    close = difflib.get_close_matches(word, known, 1)
+    return f'; did you mean {close[0]}?' if close else ''
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are one line, and which takes no abbreviated flags."""
 
@@ -51,16 +57,51 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
 
     def error(self, message: str):
-        raise UserError(f'{message} (--help lists the flags)')
+        """argparse's complaint in our order: the flag, its value, what would do."""
+        message, meant = re.sub(r'^argument (\S+): ', r'\1 ', message), ''
+        if found := re.search(r"^(.*)invalid choice: '(.*)' \(choose from (.*)\)", message):
+            message = f'{found[1]}{found[2]}: must be one of {found[3]}'
+            meant = did_you_mean(found[2], re.findall(r'[\w-]+', found[3]))
+        elif found := re.match(r'unrecognized arguments: (--\S+)', message):
+            meant = did_you_mean(found[1], re.findall(r'--[\w-]+', self.format_usage()))
+        raise UserError(f'{message}{meant} (--help lists the flags)')
+
+
+def number(kind: type, wanted: str, fits):
+    """An argparse type: an int or a float that fits; what is wanted, its error says."""
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f'{text}: must be {wanted}')
+        return value
+    parse.__name__ = kind.__name__                          # for --help
+    return parse
+
+
+COUNT = number(int, '1 or more', lambda n: n >= 1)
+ANY_COUNT = number(int, '0 or more', lambda n: n >= 0)
+STRENGTH = number(float, '0 or more', lambda x: 0 <= x < math.inf)
+SHARE = number(float, 'in [0, 1]', lambda x: 0 <= x <= 1)
+SAMPLING = dict(cfg=STRENGTH, top_k=ANY_COUNT, top_p=SHARE)     # what a checkpoint has defaults for
 
 
 def run_command(main):
-    """Runs main(argv); a UserError becomes one line on stderr and exit status 2."""
+    """Runs main(argv); what the user can mend becomes one line on stderr and exit status 2."""
     try:
         main(sys.argv[1:])
-    except UserError as error:
+    except (UserError, OSError, torch.OutOfMemoryError, RuntimeError) as error:
+        line = str(error) if isinstance(error, UserError) else one_line(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            line = f'out of memory; take fewer images at once, by --batch-size or --micro-batch-size ({line})'
+        elif isinstance(error, RuntimeError):               # a bug, unless another process is gone
+            if not ('TORCHELASTIC_RUN_ID' in os.environ and re.search('gloo|nccl', line, re.I)):
+                raise
+            line = f'lost another process, which may have said why ({line})'
         rank = os.environ.get('RANK', '0')                  # set by torchrun, for train.py
-        print(f"error: {'' if rank == '0' else f'rank {rank}: '}{error}", file=sys.stderr, flush=True)
+        print(f"error: {'' if rank == '0' else f'rank {rank}: '}{line}", file=sys.stderr, flush=True)
         if 'TORCHELASTIC_RUN_ID' in os.environ:
             sys.stdout.flush()
             os._exit(2)                                     # at once, because the others wait for this one
@@ -143,11 +184,14 @@ def save_checkpoint(path: Path, kind: str, previous: Path | None = None, **conte
     save_file(path, lambda file: torch.save(dict(kind=kind, **content), file), previous)
 
 
-def read_checkpoint(path: str | Path, kinds: tuple[str, ...]) -> dict:
-    """A checkpoint of one of these kinds: 'vqvae' (tokenizer), 'var' (both stages), 'resume', 'other'."""
+def read_checkpoint(path: str | Path, kinds: tuple[str, ...], mmap: bool = False) -> dict:
+    """A checkpoint of one of these kinds: 'vqvae' (tokenizer), 'var' (both stages), 'resume', 'other'.
+
+    mmap: tensors stay in the file until they are looked at.
+    """
     check(Path(path).is_file(), f'{path}: no such file')
     try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except OSError as error:
         raise UserError(f'{path}: cannot be read ({one_line(error)})') from None
     except Exception as error:                              # torch.load fails in many ways on a torn file
@@ -163,9 +207,17 @@ def build_tokenizer(checkpoint: dict, path: str | Path) -> VQVAE:
     try:
         tokenizer = VQVAE(VQVAEConfig(**checkpoint['vqvae_config']))
         tokenizer.load_state_dict(checkpoint['vqvae'])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f'{path}: its tokenizer does not fit its config ({one_line(error)})') from None
-    return tokenizer.requires_grad_(False).eval()
+    return frozen(tokenizer, path)
+
+
+def frozen(module: torch.nn.Module, path: str | Path) -> torch.nn.Module:
+    """The module that a checkpoint held, to be used as it is."""
+    for name, weight in module.state_dict().items():
+        check(bool(weight.isfinite().all()), f'{path}: its {name} is not finite; a training that failed, or '
+              'a damaged file: take an earlier one')
+    return module.requires_grad_(False).eval()
 
 
 def load_tokenizer(path: str | Path, scales: tuple[int, ...] | None) -> VQVAE:
@@ -175,8 +227,8 @@ def load_tokenizer(path: str | Path, scales: tuple[int, ...] | None) -> VQVAE:
         return build_tokenizer(checkpoint, path)
     check(scales is not None, f'{path}: not made by train.py; if it is the authors\', say its --scales')
     try:
-        return VQVAE.from_official(checkpoint, scales).requires_grad_(False).eval()
-    except ValueError as error:
+        return frozen(VQVAE.from_official(checkpoint, scales), path)
+    except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f'{path}: {error}') from None
 
 
@@ -194,10 +246,19 @@ def load(path: str | Path, device: str | torch.device = 'cpu') -> tuple[VQVAE, V
     try:
         var = VAR(VARConfig(**checkpoint['var_config']))
         var.load_state_dict(checkpoint['var'])
+        var.check_tokenizer(tokenizer)
         var.class_names, defaults = list(checkpoint['class_names']), dict(checkpoint['defaults'])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UserError(f'{path}: its transformer does not fit its config ({one_line(error)})') from None
-    return tokenizer.to(device), var.to(device).requires_grad_(False).eval(), defaults
+    check(len(var.class_names) == var.config.num_classes and all(isinstance(c, str) for c in var.class_names),
+          f'{path}: names {len(var.class_names)} classes, but the transformer knows {var.config.num_classes}')
+    check(defaults.keys() == SAMPLING.keys(), f'{path}: needs sampling defaults for {", ".join(SAMPLING)}')
+    for name, value in defaults.items():
+        try:
+            SAMPLING[name](str(value))
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f'{path}: its sampling default {name} {error}') from None
+    return tokenizer.to(device), frozen(var.to(device), path), defaults
 
 
 def save_model(path: Path, tokenizer: VQVAE, var: VAR, class_names: list[str], defaults: dict,
@@ -210,8 +271,8 @@ def save_model(path: Path, tokenizer: VQVAE, var: VAR, class_names: list[str], d
 
 
 # --------------------------------------------------------------------------------------------------- drawing
-def noise_of_pictures(seed: int, first: int, count: int, length: int) -> Tensor:
-    """noise_BL of pictures first, first + 1, ...: each row comes from (seed, number of the picture) alone."""
+def noise_of_images(seed: int, first: int, count: int, length: int) -> Tensor:
+    """noise_BL of images first, first + 1, ...: each row comes from (seed, number of the image) alone."""
     rows = [np.random.Generator(np.random.Philox(key=[seed, first + i])).random(length, dtype=np.float32)
             for i in range(count)]
     return torch.from_numpy(np.stack(rows))
@@ -223,10 +284,13 @@ def draw(tokenizer: VQVAE, var: VAR, labels: list[int], seed: int, batch_size: i
     device = var.position.device
     for first in range(0, len(labels), batch_size):
         labels_B = torch.tensor(labels[first:first + batch_size], device=device)
-        noise_BL = noise_of_pictures(seed, first, len(labels_B), sum(var.config.lengths)).to(device)
-        with autocast(device, dtype):
-            images, tokens_BL = var.generate(tokenizer, labels_B, noise_BL=noise_BL, return_tokens=True,
-                                             **sampling)
+        noise_BL = noise_of_images(seed, first, len(labels_B), sum(var.config.lengths)).to(device)
+        try:
+            with autocast(device, dtype):
+                images, tokens_BL = var.generate(tokenizer, labels_B, noise_BL=noise_BL, return_tokens=True,
+                                                 **sampling)
+        except ValueError as error:
+            raise UserError(f'{error}; a lower --cfg or another checkpoint would do') from None
         yield images.cpu(), tokens_BL.cpu()
 
 
@@ -238,47 +302,47 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def grid(images: Tensor, columns: int) -> Image.Image:
-    """(N, 3, H, W), uint8 or in [-1, 1] -> one picture, row by row; small ones are enlarged."""
+    """(N, 3, H, W), uint8 or in [-1, 1] -> one image, row by row; small ones are enlarged."""
     N, _, H, W = images.shape
     rows, zoom = math.ceil(N / columns), max(1, 64 // H)
     sheet = np.full((rows * (H + 2) - 2, columns * (W + 2) - 2, 3), 255, np.uint8)
-    for i, picture in enumerate(to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()):
+    for i, image in enumerate(to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()):
         y, x = i // columns * (H + 2), i % columns * (W + 2)
-        sheet[y:y + H, x:x + W] = picture
+        sheet[y:y + H, x:x + W] = image
     return Image.fromarray(sheet).resize((sheet.shape[1] * zoom, sheet.shape[0] * zoom), Image.NEAREST)
 
 
-def read_picture(path: str | Path, size: int, random: np.random.Generator | None = None) -> np.ndarray:
-    """A picture file as the released code crops it: uint8 (size, size, 3).
+def read_image(path: str | Path, size: int, random: np.random.Generator | None = None) -> np.ndarray:
+    """An image file as the released code crops it: uint8 (size, size, 3).
 
     Its shorter side would become 1.125 * size, of which a square is cut: at random, or in the centre. One
     resize of the box under that square gives the same pixels as resizing all of it, and a JPEG much larger
     than needed is decoded at a half, a quarter or an eighth of its size. Errors are Pillow's.
     """
-    with Image.open(path) as picture:
+    with Image.open(path) as image:
         shorter = round(1.125 * size)
-        picture.draft('RGB', (2 * shorter, 2 * shorter))    # twice: LANCZOS has the last word
-        picture = picture.convert('RGB')
-    w, h = picture.size
+        image.draft('RGB', (2 * shorter, 2 * shorter))    # twice: LANCZOS has the last word
+        image = image.convert('RGB')
+    w, h = image.size
     W, H = (shorter, int(shorter * h / w)) if w <= h else (int(shorter * w / h), shorter)
     if random is None:
         x, y = round((W - size) / 2), round((H - size) / 2)
     else:
         x, y = int(random.integers(W - size + 1)), int(random.integers(H - size + 1))
     box = (x * w / W, y * h / H, (x + size) * w / W, (y + size) * h / H)
-    return np.asarray(picture.resize((size, size), Image.LANCZOS, box=box))
+    return np.asarray(image.resize((size, size), Image.LANCZOS, box=box))
 
 
-PICTURE_FORMATS = {'.png': 'PNG', '.jpg': 'JPEG'}
+IMAGE_FORMATS = {'.png': 'PNG', '.jpg': 'JPEG'}
 
 
-def save_picture(path: Path, picture: Image.Image):
-    save_file(path, lambda file: picture.save(file, format=PICTURE_FORMATS[path.suffix.lower()]))
+def save_image(path: Path, image: Image.Image):
+    save_file(path, lambda file: image.save(file, format=IMAGE_FORMATS[path.suffix.lower()]))
 
 
-def save_npz(path: Path, pictures: np.ndarray, labels: list[int], class_names: list[str]):
+def save_npz(path: Path, images: np.ndarray, labels: list[int], class_names: list[str]):
     """What evaluators and notebooks/judge.py read: uint8 (N, H, W, 3), labels (N), names of the classes."""
-    arrays = dict(arr_0=pictures, labels=np.array(labels), class_names=np.array(class_names))
+    arrays = dict(arr_0=images, labels=np.array(labels), class_names=np.array(class_names))
     save_file(path, lambda file: np.savez(file, **arrays))
 
 
@@ -289,7 +353,8 @@ def parse_label(text: str, class_names: list[str]) -> int:
     if text.lower() in names:
         return names.index(text.lower())
     check(text.isdecimal() and int(text) < len(names), f'--labels {text}: no such class; there are '
-          f"0 to {len(names) - 1}: {', '.join(class_names[:12])}{', ...' if len(names) > 12 else ''}")
+          f"0 to {len(names) - 1}: {', '.join(class_names[:12])}{', ...' if len(names) > 12 else ''}"
+          f'{did_you_mean(text.lower(), names)}')
     return int(text)
 
 
@@ -297,32 +362,26 @@ def build_parser() -> Parser:
     parser = Parser(prog='sample.py', description=__doc__)
     parser.add_argument('checkpoint', help='a var.pt that train.py wrote')
     parser.add_argument('--labels', nargs='+', help='classes by number or name; absent: every class')
-    parser.add_argument('--count', type=int, help='pictures in all, labels go round; absent: one per label')
-    parser.add_argument('--cfg', type=float, help="guidance at the last scale; absent: the checkpoint's")
-    parser.add_argument('--top-k', type=int, help="keep the k likeliest tokens, 0 all; likewise")
-    parser.add_argument('--top-p', type=float, help='keep the likeliest up to this mass, 0 or 1 all')
-    parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--out', help='the picture to write; absent: samples.png, if nothing else is written')
+    parser.add_argument('--count', type=COUNT, help='images in all, labels go round; absent: one per label')
+    parser.add_argument('--cfg', type=STRENGTH, help="guidance at the last scale; absent: the checkpoint's")
+    parser.add_argument('--top-k', type=ANY_COUNT, help="keep the k likeliest tokens, 0 all; likewise")
+    parser.add_argument('--top-p', type=SHARE, help='keep the likeliest up to this mass, 0 or 1 all')
+    parser.add_argument('--seed', type=number(int, 'in [0, 2^63)', lambda n: 0 <= n < 2 ** 63), default=0)
+    parser.add_argument('--out', help='the image to write; absent: samples.png, if nothing else is written')
     parser.add_argument('--npz', help='write arr_0 (N, H, W, 3) uint8, labels (N), class_names to this file')
     parser.add_argument('--png-dir', help='write 000000.png, 000001.png, ... to this empty folder')
     parser.add_argument('--export', help='write the model here in bfloat16, sampling flags as defaults')
-    parser.add_argument('--show-scales', action='store_true', help='one row per picture, scale by scale')
-    parser.add_argument('--batch-size', type=int, default=50)
+    parser.add_argument('--show-scales', action='store_true', help='one row per image, scale by scale')
+    parser.add_argument('--batch-size', type=COUNT, default=50)
     parser.add_argument('--device', default='auto')
     parser.add_argument('--dtype', choices=['float32', 'bfloat16'], default='float32')
     return parser
 
 
 def check_flags(args: argparse.Namespace):
-    check(args.count is None or args.count >= 1, f'--count {args.count}: must be at least 1')
-    check(args.batch_size >= 1, f'--batch-size {args.batch_size}: must be at least 1')
-    check(0 <= args.seed < 2 ** 63, f'--seed {args.seed}: must lie in [0, 2^63)')
-    check(args.cfg is None or 0 <= args.cfg < math.inf, f'--cfg {args.cfg}: must be 0 or more')
-    check(args.top_k is None or args.top_k >= 0, f'--top-k {args.top_k}: must be 0 or more')
-    check(args.top_p is None or 0 <= args.top_p <= 1, f'--top-p {args.top_p}: must lie in [0, 1]')
     if not (args.out or args.npz or args.png_dir or args.export):
         args.out = 'samples.png'
-    for name, path, endings in [('--out', args.out, tuple(PICTURE_FORMATS)), ('--npz', args.npz, ('.npz',)),
+    for name, path, endings in [('--out', args.out, tuple(IMAGE_FORMATS)), ('--npz', args.npz, ('.npz',)),
                                 ('--export', args.export, ('.pt',))]:
         if path is not None:
             check(path.lower().endswith(endings), f"{name} {path}: must end in {' or '.join(endings)}")
@@ -356,28 +415,28 @@ def main(argv: list[str]):
 
     batches = draw(tokenizer, var, labels, args.seed, args.batch_size, args.dtype, **sampling)
     size, strips = tokenizer.config.image_size, []
-    pictures = np.empty((len(labels), size, size, 3), np.uint8)
-    with tqdm(total=len(labels), unit='picture', disable=len(labels) <= args.batch_size) as bar:
+    images = np.empty((len(labels), size, size, 3), np.uint8)
+    with tqdm(total=len(labels), unit='image', disable=len(labels) <= args.batch_size) as bar:
         for images_B3HW, tokens_BL in batches:
-            pictures[bar.n:bar.n + len(tokens_BL)] = to_uint8(images_B3HW).permute(0, 2, 3, 1)
+            images[bar.n:bar.n + len(tokens_BL)] = to_uint8(images_B3HW).permute(0, 2, 3, 1)
             if args.show_scales:
                 f_hats = tokenizer.f_hats(tokens_BL.to(var.position.device))
                 steps = [to_uint8(tokenizer.decode_f_hat(f_hat)).cpu() for f_hat in f_hats]
                 strips += torch.stack(steps, dim=1).flatten(0, 1)
             bar.update(len(tokens_BL))
     if args.npz:
-        save_npz(Path(args.npz), pictures, labels, var.class_names)
-        print(f'{args.npz}: {len(labels)} pictures')
+        save_npz(Path(args.npz), images, labels, var.class_names)
+        print(f'{args.npz}: {len(labels)} images')
     if args.png_dir:
-        for i, picture in enumerate(pictures):
-            save_picture(Path(args.png_dir, f'{i:06}.png'), Image.fromarray(picture))
-        print(f'{args.png_dir}: {len(labels)} pictures')
+        for i, image in enumerate(images):
+            save_image(Path(args.png_dir, f'{i:06}.png'), Image.fromarray(image))
+        print(f'{args.png_dir}: {len(labels)} images')
     if args.out:
         columns = len(classes) if 1 < len(classes) <= 20 else math.ceil(math.sqrt(len(labels)))
         columns = len(tokenizer.config.scales) if args.show_scales else min(columns, len(labels))
-        images = torch.stack(strips) if strips else torch.from_numpy(pictures).permute(0, 3, 1, 2)
-        save_picture(Path(args.out), grid(images, columns))
-        print(f'{args.out}: {len(labels)} pictures')
+        images = torch.stack(strips) if strips else torch.from_numpy(images).permute(0, 3, 1, 2)
+        save_image(Path(args.out), grid(images, columns))
+        print(f'{args.out}: {len(labels)} images')
 
 
 if __name__ == '__main__':

@@ -6,9 +6,11 @@ arXiv 2404.02905), r_k being the (h_k, w_k) tokens of scale k:
 
     p(r_1, r_2, ..., r_K) = product over k of p(r_k | r_1, ..., r_{k-1})
 
-    model = VAR(VARConfig())
-    logits_BLV = model(labels_B, tokenizer.teacher_inputs(tokens_BL))       # training: all scales in one pass
-    images_B3HW = model.eval().generate(tokenizer, labels_B, cfg=1.5)       # sampling: scale after scale
+    tokenizer = VQVAE(VQVAEConfig())                            # stage 1: 256 codes of 16 channels
+    model = VAR(VARConfig(depth=2, num_classes=10, vocab_size=256, z_channels=16, scales=(1, 2, 4, 8)))
+    labels_B, tokens_BL = torch.tensor([3, 8]), tokenizer.encode(torch.rand(2, 3, 32, 32) * 2 - 1)
+    logits_BLV = model(labels_B, tokenizer.teacher_inputs(tokens_BL))   # training: all scales in one pass
+    images_B3HW = model.generate(tokenizer, labels_B, cfg=1.5)          # sampling: scale after scale
 
 What stands where in the sequence, for scales 1, 2, 3: 14 targets, from a start token and 13 inputs. A place
 sees the inputs of all scales up to its own, which hold nothing of what it predicts:
@@ -20,10 +22,11 @@ Shapes stand in the names of tensors:
 
     B batch   D width of the transformer   C latent channels of the tokenizer   V vocabulary   K scales
     H, W latent size at the finest scale   h, w size at the current scale   L tokens of all scales, l of one
-    (of images, 3HW is the size in pixels)
 """
 import math
 from dataclasses import dataclass
+from functools import reduce
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -31,25 +34,27 @@ from torch import Tensor, nn
 
 HEAD_WIDTH = 64
 MAX_SHARPNESS = 100.0             # of cosine attention, see Attention
-OFFICIAL_BUFFERS = ('lvl_1L', 'attn_bias_for_masking', 'zero_k_bias')     # in released files, but no weights
+RELEASED_BUFFERS = ('lvl_1L', 'attn_bias_for_masking', 'zero_k_bias')     # in released files, but no weights
+RELEASED_NAMES = (                # parts of our names of weights -> the released code's
+    ('start_position', 'pos_start'), ('position', 'pos_1LC'), ('word_embedding', 'word_embed'),
+    ('scale_embedding', 'lvl_embed'), ('class_embedding', 'class_emb'), ('attention.qkv', 'attn.mat_qkv'),
+    ('attention', 'attn'), ('log_scale', 'scale_mul_1H11'), ('.fc', '.ffn.fc'), ('adaln_table', 'ada_gss'),
+    ('head_adaln', 'head_nm.ada_lin.1'), ('shared_adaln', 'shared_ada_lin.1'), ('.adaln.', '.ada_lin.1.'))
 
 
 @dataclass(frozen=True)
 class VARConfig:
-    """Everything that fixes the transformer. An impossible value raises ValueError, 'field=value: why'.
-
-    depth is the one dial: width = 64 * depth, heads = depth, as in all released models.
-    """
-    depth: int = 16                                                     # transformer blocks
-    num_classes: int = 1000                                             # label num_classes is the null class
-    vocab_size: int = 4096                                              # V
-    z_channels: int = 32                                                # C
-    scales: tuple[int, ...] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)       # sides of the maps, coarse to fine
-    unit_norm: bool = True                      # cosine attention: queries and keys of length 1
-    shared_adaln: bool = False                  # one AdaLN projection for all blocks (released for depth 36)
-    label_dropout: float = 0.1                  # share of labels that training replaces by the null class
-    stochastic_depth: float | None = None       # chance to skip the last block; None: 0.1 * depth / 24
-    adaln_gamma_init: float = 1e-5              # factor on the initial weights of the gates, gamma in Block
+    """Everything that fixes the transformer. An impossible value raises ValueError, 'field=value: why'."""
+    depth: Annotated[int, 'transformer blocks, and the one dial: width is 64 * depth, heads are depth'] = 16
+    num_classes: Annotated[int, 'label num_classes is the null class'] = 1000
+    vocab_size: Annotated[int, 'V, codes in the codebook'] = 4096
+    z_channels: Annotated[int, 'C, channels of a latent'] = 32
+    scales: Annotated[tuple[int, ...], 'side of each map, coarse to fine'] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    unit_norm: Annotated[bool, 'cosine attention: queries and keys of length 1'] = True
+    shared_adaln: Annotated[bool, 'one AdaLN projection for all blocks (released for depth 36)'] = False
+    label_dropout: Annotated[float, 'share of labels that training replaces by the null class'] = 0.1
+    stochastic_depth: Annotated[float | None, 'chance to skip the last block; None: 0.1 * depth / 24'] = None
+    adaln_gamma_init: Annotated[float, 'factor on the initial weights of the gates, gamma in Block'] = 1e-5
 
     @property
     def width(self) -> int:
@@ -89,8 +94,9 @@ class Attention(nn.Module):
         scale = 1 / math.sqrt(HEAD_WIDTH)       # without unit norm the released code takes a quarter of this
         if self.unit_norm:
             scale, sharpness = 1.0, self.log_scale.clamp_max(math.log(MAX_SHARPNESS)).exp()    # one per head
-            q = (F.normalize(q.float(), dim=-1) * sharpness).to(v.dtype)        # q . k = sharpness * cosine
-            k = F.normalize(k.float(), dim=-1).to(v.dtype)
+            lengths = [torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32) for x in (q, k)]
+            q = q * (sharpness / lengths[0].clamp_min(1e-12)).to(q.dtype)       # q . k = sharpness * cosine
+            k = k * (1 / lengths[1].clamp_min(1e-12)).to(k.dtype)
         if cache is not None:
             end = start + x_BlD.shape[1]
             cache[0, :, :, start:end], cache[1, :, :, start:end] = k, v
@@ -113,29 +119,30 @@ class Block(nn.Module):
         else:
             self.adaln = nn.Linear(D, 6 * D)
 
-    def forward(self, x_BlD: Tensor, condition: Tensor, mask_ll=None, cache=None, start=0) -> Tensor:
-        """condition: the class embedding (B, D), or its shared projection (B, 1, 6, D)."""
-        if hasattr(self, 'adaln'):
-            adaln_B16D = self.adaln(F.silu(condition)).unflatten(-1, (1, 6, -1))
+    def modulation(self, class_BD: Tensor, shared_B16D: Tensor | None, noise_B2: Tensor | None) -> list:
+        """gamma1, gamma2, scale1, scale2, shift1, shift2 of these classes, (B, 1, D) each."""
+        if shared_B16D is None:
+            adaln_B16D = self.adaln(F.silu(class_BD)).unflatten(-1, (1, 6, -1))
         else:
-            adaln_B16D = self.adaln_table + condition
-        gamma1, gamma2, scale1, scale2, shift1, shift2 = adaln_B16D.unbind(2)
-        h = self.attention(modulate(x_BlD, scale1, shift1), mask_ll, cache, start)
-        x_BlD = torch.addcmul(x_BlD, self.drop(gamma1), h)          # x + gamma1 * h, fused
-        h = self.fc2(F.gelu(self.fc1(modulate(x_BlD, scale2, shift2)), approximate='tanh'))
-        return torch.addcmul(x_BlD, self.drop(gamma2), h)
+            adaln_B16D = self.adaln_table + shared_B16D
+        gamma1, gamma2, *others = adaln_B16D.unbind(2)
+        if noise_B2 is not None:                            # stochastic depth: skips a branch of an image
+            keep_2B11 = ((noise_B2 >= self.drop_rate) / (1 - self.drop_rate)).T[:, :, None, None]
+            gamma1, gamma2 = (torch.stack([gamma1, gamma2]) * keep_2B11.to(gamma1.dtype)).unbind(0)
+        return [gamma1, gamma2, *others]
 
-    def drop(self, gamma_B1D: Tensor) -> Tensor:
-        """Stochastic depth: in training, shuts the gate of the branch for some of the pictures."""
-        if not self.training or self.drop_rate == 0:
-            return gamma_B1D
-        keep_B11 = torch.rand(gamma_B1D.shape[0], 1, 1, device=gamma_B1D.device) >= self.drop_rate
-        return gamma_B1D * keep_B11 / (1 - self.drop_rate)
+    def forward(self, x_BlD: Tensor, modulation: list[Tensor], mask_ll=None, cache=None, start=0) -> Tensor:
+        gamma1, gamma2, scale1, scale2, shift1, shift2 = modulation
+        h = self.attention(modulate(x_BlD, scale1, shift1), mask_ll, cache, start)
+        x_BlD = torch.addcmul(x_BlD, gamma1, h)                     # x + gamma1 * h, fused
+        h = self.fc2(F.gelu(self.fc1(modulate(x_BlD, scale2, shift2)), approximate='tanh'))
+        return torch.addcmul(x_BlD, gamma2, h)
 
 
 def modulate(x_BlD: Tensor, scale_B1D: Tensor, shift_B1D: Tensor) -> Tensor:
     """AdaLN: normalise, then scale and shift as the class says."""
-    return torch.addcmul(shift_B1D, F.layer_norm(x_BlD, x_BlD.shape[-1:], eps=1e-6), 1 + scale_B1D)
+    normalised = F.layer_norm(x_BlD, x_BlD.shape[-1:], eps=1e-6).to(scale_B1D.dtype)
+    return torch.addcmul(shift_B1D, normalised, 1 + scale_B1D)
 
 
 class VAR(nn.Module):
@@ -185,38 +192,52 @@ class VAR(nn.Module):
                 table_6[:2].mul_(self.config.adaln_gamma_init)          # gamma1, gamma2
                 table_6[2:].mul_(0.5)                                   # scale1, scale2, shift1, shift2
 
-    # --- shared by training and sampling
     def positions(self) -> Tensor:
         """Where each place stands, in its map and among the scales: (1, L, D)."""
         return self.position + self.scale_embedding(self.scale_of_token_L)
 
-    def transform(self, x_BlD: Tensor, class_BD: Tensor, mask_ll=None, caches=None, start=0) -> Tensor:
-        """Blocks and head: (B, l, D) -> logits (B, l, V), float32 under any autocast."""
-        condition = class_BD
-        if self.config.shared_adaln:
-            condition = self.shared_adaln(F.silu(class_BD)).unflatten(-1, (1, 6, -1))
+    def modulations(self, class_BD: Tensor, noise_BN: Tensor | None = None) -> list[list[Tensor]]:
+        """What AdaLN makes of the classes, for each block and, last, the head: the same at all scales."""
+        shared_B16D = (self.shared_adaln(F.silu(class_BD)).unflatten(-1, (1, 6, -1))
+                       if self.config.shared_adaln else None)
+        pairs = [None] * self.config.depth if noise_BN is None else noise_BN[:, 1:].split(2, dim=1)
+        head_B12D = self.head_adaln(F.silu(class_BD)).unflatten(-1, (1, 2, -1))
+        return [block.modulation(class_BD, shared_B16D, noise_B2)
+                for block, noise_B2 in zip(self.blocks, pairs)] + [head_B12D.unbind(2)]
+
+    def transform(self, x_BlD: Tensor, modulations: list, mask_ll=None, caches=None, start=0) -> Tensor:
+        """Blocks and head: (B, l, D) -> logits (B, l, V), computed in the autocast type, given as float32."""
         for i, block in enumerate(self.blocks):
-            x_BlD = block(x_BlD, condition, mask_ll, None if caches is None else caches[i], start)
-        with torch.autocast(x_BlD.device.type, enabled=False):
-            scale_B1D, shift_B1D = self.head_adaln(F.silu(class_BD)).unflatten(-1, (2, 1, -1)).unbind(1)
-            return self.head(modulate(x_BlD, scale_B1D, shift_B1D))
+            x_BlD = block(x_BlD, modulations[i], mask_ll, None if caches is None else caches[i], start)
+        return self.head(modulate(x_BlD, *modulations[-1])).float()
 
     # --- training
-    def forward(self, labels_B: Tensor, inputs_BLC: Tensor) -> Tensor:
-        """Labels in [0, num_classes], the L - 1 tokenizer.teacher_inputs(tokens) -> logits_BLV, float32.
+    def forward(self, labels_B: Tensor, inputs_BLC: Tensor, noise_BN: Tensor | None = None) -> Tensor:
+        """Labels in [0, num_classes], L - 1 tokenizer.teacher_inputs(tokens) -> logits_BLV, float32.
 
-        In training mode some labels are replaced by the null class, so that one model learns both
-        distributions that guidance mixes. (The released code drops labels in validation too.)
+        noise_BN, in training: N = 1 + 2 * depth uniform numbers in [0, 1) an image. Where the first is below
+        label_dropout, the null class replaces the label, so that one model learns both distributions that
+        guidance mixes (the released code does so in validation too); the others decide for each block which
+        branches are skipped. None: nothing is dropped. Raises ValueError at inputs of other scales.
         """
-        if self.training:
-            dropped_B = torch.rand(labels_B.shape, device=labels_B.device) < self.config.label_dropout
-            labels_B = labels_B.masked_fill(dropped_B, self.config.num_classes)
+        expected = len(labels_B), sum(self.config.lengths) - 1, self.config.z_channels
+        if inputs_BLC.shape != expected:
+            raise ValueError(f'inputs_BLC {tuple(inputs_BLC.shape)}: must be {expected} for {self.config}')
+        if noise_BN is not None:
+            is_hidden_B = noise_BN[:, 0] < self.config.label_dropout
+            labels_B = labels_B.masked_fill(is_hidden_B, self.config.num_classes)
         class_BD = self.class_embedding(labels_B)
         start_B1D = class_BD[:, None] + self.start_position
         x_BLD = torch.cat([start_B1D, self.word_embedding(inputs_BLC).float()], dim=1)
-        return self.transform(x_BLD + self.positions(), class_BD, self.mask_LL)
+        return self.transform(x_BLD + self.positions(), self.modulations(class_BD, noise_BN), self.mask_LL)
 
     # --- sampling
+    def check_tokenizer(self, tokenizer):
+        for name in ('scales', 'vocab_size', 'z_channels'):
+            ours, its = getattr(self.config, name), getattr(tokenizer.config, name)
+            if ours != its:
+                raise ValueError(f'{name}: the transformer was made for {ours}, but the tokenizer has {its}')
+
     @torch.no_grad()
     def generate(self, tokenizer, labels_B: Tensor, cfg: float = 1.5, top_k: int = 900, top_p: float = 0.96,
                  noise_BL: Tensor | None = None, return_tokens: bool = False):
@@ -226,30 +247,37 @@ class VAR(nn.Module):
         released. (Where guidance is written as uncond + s * (cond - uncond), s is 1 + cfg.) top_k, top_p: see
         `draw_tokens`; the defaults are the released code's for FID (paper: top-k 600). noise_BL: one uniform
         number in [0, 1) per token, which alone decides what is drawn; None: from torch's default generator.
+        Raises ValueError at a tokenizer of another kind, and where logits aren't finite.
         """
+        self.check_tokenizer(tokenizer)
         B, K, depth, lengths = len(labels_B), len(self.config.scales), self.config.depth, self.config.lengths
         if noise_BL is None:
             noise_BL = torch.rand(B, sum(lengths), device=labels_B.device)
-        # guidance: the first half of the batch asks for the class, the second half for none in particular
-        null_B = torch.full_like(labels_B, self.config.num_classes)
-        class_2BD = self.class_embedding(torch.cat([labels_B, null_B]))
-        # allocated once for all scales: blocks, key or value, 2B, heads, L, 64; in the type of attention
-        device = class_2BD.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else class_2BD.dtype
-        caches = class_2BD.new_empty((depth, 2, 2 * B, depth, sum(lengths), HEAD_WIDTH), dtype=dtype)
+        # guidance: the first half of N = 2B asks for the class, the second for none; at cfg 0, N = B
+        asked = [labels_B, torch.full_like(labels_B, self.config.num_classes)] if cfg else [labels_B]
+        class_ND = self.class_embedding(torch.cat(asked))
+        modulations = self.modulations(class_ND)
+        # allocated once for all scales: blocks, key or value, N, heads, L, 64; in the type of attention
+        device = class_ND.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else class_ND.dtype
+        caches = class_ND.new_empty((depth, 2, len(class_ND), depth, sum(lengths), HEAD_WIDTH), dtype=dtype)
         positions = self.positions().split(lengths, dim=1)
-        x_2BlD = class_2BD[:, None] + self.start_position + positions[0]
-        tokens, f_hat = [], 0.0
+        x_NlD = class_ND[:, None] + self.start_position + positions[0]
+        tokens, finite, f_hat = [], [], 0.0
         for k, noise_Bl in enumerate(noise_BL.split(lengths, dim=1)):
             # no mask: the cache ends with scale k, within which all places see each other
-            logits_2BlV = self.transform(x_2BlD, class_2BD, None, caches, start=sum(lengths[:k]))
-            conditional, unconditional = logits_2BlV.chunk(2)
+            logits_NlV = self.transform(x_NlD, modulations, None, caches, start=sum(lengths[:k]))
             t = cfg * k / (K - 1)
-            tokens.append(draw_tokens((1 + t) * conditional - t * unconditional, noise_Bl, top_k, top_p))
+            logits_BlV = (1 + t) * logits_NlV[:B] - t * logits_NlV[B:] if cfg else logits_NlV
+            finite.append(logits_BlV.isfinite().all())
+            tokens.append(draw_tokens(logits_BlV, noise_Bl, top_k, top_p))
             f_hat = f_hat + tokenizer.contribution(tokens[-1], k)
             if k < K - 1:
                 x_BlD = self.word_embedding(tokenizer.next_input(f_hat, k)).float() + positions[k + 1]
-                x_2BlD = torch.cat([x_BlD, x_BlD])
+                x_NlD = torch.cat([x_BlD] * len(asked))
+        for side, is_finite in zip(self.config.scales, torch.stack(finite).tolist()):
+            if not is_finite:
+                raise ValueError(f'logits of scale {side}x{side} are not finite, at cfg={cfg}')
         images = tokenizer.decode_f_hat(f_hat).clamp(-1, 1)
         return (images, torch.cat(tokens, dim=1)) if return_tokens else images
 
@@ -257,37 +285,23 @@ class VAR(nn.Module):
     @classmethod
     def from_official(cls, state_dict: dict[str, Tensor], scales: tuple[int, ...]) -> 'VAR':
         """A released transformer (var_d16.pth, ..., var_d36.pth) as a VAR; all else is read off the shapes.
-
-        Raises ValueError with the first key that is missing, superfluous or of another shape.
-        """
+        Raises ValueError with the first key that is missing, superfluous or of another shape."""
         try:
             width, z_channels = state_dict['word_embed.weight'].shape
             num_classes, vocab_size = len(state_dict['class_emb.weight']) - 1, len(state_dict['head.weight'])
         except KeyError as error:
-            raise ValueError(f'not a released VAR transformer: {error} is missing') from None
+            raise ValueError(f"no released VAR transformer: {error} is missing; of the trainer's files take "
+                             "['trainer']['var_wo_ddp'], from keys module. and _orig_mod. away") from None
         model = cls(VARConfig(width // HEAD_WIDTH, num_classes, vocab_size, z_channels, tuple(scales),
                               shared_adaln='shared_ada_lin.1.weight' in state_dict))
-        ours = model.state_dict()
-        names = {official_name(name): name for name in ours}
-        for key in [*names, *(key for key in state_dict if not key.endswith(OFFICIAL_BUFFERS))]:
-            found = tuple(state_dict[key].shape) if key in state_dict else 'missing'
-            expected = tuple(ours[names[key]].shape) if key in names else 'no such weight'
+        ours = {reduce(lambda name, pair: name.replace(*pair), RELEASED_NAMES, name): weight
+                for name, weight in model.state_dict().items()}         # our weights, by released names
+        for key in [*ours, *(key for key in state_dict if not key.endswith(RELEASED_BUFFERS))]:
+            found, expected = (tuple(at[key].shape) if key in at else 'none' for at in (state_dict, ours))
             if found != expected:
                 raise ValueError(f'{key}: {found}, expected {expected}')
-        model.load_state_dict({name: state_dict[key] for key, name in names.items()})
+            ours[key].copy_(state_dict[key])        # into the model: state_dict() copies nothing
         return model
-
-
-def official_name(name: str) -> str:
-    """The released code's name of one of our weights."""
-    for ours, theirs in (('start_position', 'pos_start'), ('word_embedding', 'word_embed'),
-                         ('scale_embedding', 'lvl_embed'), ('class_embedding', 'class_emb'),
-                         ('attention.qkv', 'attn.mat_qkv'), ('attention.', 'attn.'),
-                         ('log_scale', 'scale_mul_1H11'), ('.fc', '.ffn.fc'), ('adaln_table', 'ada_gss'),
-                         ('head_adaln', 'head_nm.ada_lin.1'), ('shared_adaln', 'shared_ada_lin.1'),
-                         ('.adaln.', '.ada_lin.1.')):
-        name = name.replace(ours, theirs)
-    return 'pos_1LC' if name == 'position' else name
 
 
 def draw_tokens(logits_BlV: Tensor, noise_Bl: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -301,6 +315,6 @@ def draw_tokens(logits_BlV: Tensor, noise_Bl: Tensor, top_k: int, top_p: float) 
     probs_Blk = logits_Blk.softmax(-1)
     mass_Blk = probs_Blk.cumsum(-1)
     needed = mass_Blk - probs_Blk < (top_p if 0 < top_p < 1 else math.inf)      # the likelier ones fall short
-    last_kept = needed.sum(-1, keepdim=True) - 1
+    last_kept = needed[..., 1:].sum(-1, keepdim=True)                           # the likeliest always is
     drawn = torch.searchsorted(mass_Blk, noise_Bl[..., None] * mass_Blk.gather(-1, last_kept), right=True)
     return tokens_Blk.gather(-1, drawn.clamp(max=last_kept))[..., 0]

@@ -4,15 +4,15 @@ An ordinary VQVAE writes an image as one grid of tokens. This one writes it as K
 grid describes what the grids before it left over (the residual), and their sum, f_hat, is what is decoded.
 The order "coarse to fine" is the order in which stage 2 (var.py) will predict them.
 
-    tokenizer = VQVAE(VQVAEConfig())
-    tokens_BL = tokenizer.encode(images_B3HW)        # images in [-1, 1]
+    tokenizer = VQVAE(VQVAEConfig())                        # images of 32x32 in maps of 1x1, 2x2, 4x4 and 8x8
+    images_B3HW = torch.rand(2, 3, 32, 32) * 2 - 1          # in [-1, 1]
+    tokens_BL = tokenizer.encode(images_B3HW)               # (2, 85)
     images_B3HW = tokenizer.decode(tokens_BL)
 
 Shapes stand in the names of tensors:
 
     B batch   C latent channels of the tokenizer   V vocabulary   K number of scales
     H, W latent size at the finest scale   h, w size at the current scale   L tokens of all scales, l of one
-    (of images, 3HW is the size in pixels)
 
 tokens_BL is one int64 tensor: scale after scale, coarse to fine, row by row within a scale. Prose counts
 scales from 1 to K, code counts k from 0.
@@ -23,7 +23,9 @@ Modeling" (Tian et al., arXiv 2404.02905). Where paper and released code differ,
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import reduce
 from itertools import accumulate
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -32,24 +34,27 @@ from torch import Tensor, nn
 
 PHIS = 4                # paper: one phi a scale; released code, and here: four, shared by neighbouring scales
 COMMITMENT = 0.25       # weight of the pull on the encoder towards the codes, beta in the VQVAE papers
+RELEASED_NAMES = (      # patterns in our names of weights -> the released code's
+    (r'(down|up)_(\d+)_(block|attn)_(\d+)', r'\1.\2.\3.\4'), (r'(down|up)_(\d+)_', r'\1.\2.'),
+    ('mid_', 'mid.'), ('shortcut', 'nin_shortcut'), (r'proj\.', 'proj_out.'),
+    (r'codebook\.', 'quantize.embedding.'), (r'phis\.', 'quantize.quant_resi.qresi_ls.'))
 
 
 @dataclass(frozen=True)
 class VQVAEConfig:
     """Everything that fixes the tokenizer's shape. An impossible value raises ValueError, 'field=value: why'.
 
-    The released tokenizer is
-    VQVAEConfig(256, 1, 160, (1, 1, 2, 2, 4), 2, True, 32, 4096, (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)).
+    Released: VQVAEConfig(256, 1, 160, (1, 1, 2, 2, 4), 2, True, 32, 4096, (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)).
     """
-    image_size: int = 32                        # pixels, height and width
-    patch_size: int = 4                         # squares of so many pixels a side become channels at first
-    channels: int = 64                          # channels of the first level
-    channel_mults: tuple[int, ...] = (1,)       # multiplies `channels` at each level; sizes halve in between
-    res_blocks: int = 1                         # residual blocks per level; the decoder has one more
-    attention: bool = False                     # self-attention at the coarsest level, as released
-    z_channels: int = 16                        # C
-    vocab_size: int = 256                       # V
-    scales: tuple[int, ...] = (1, 2, 4, 8)      # side of each token map, coarse to fine
+    image_size: Annotated[int, 'pixels, height and width'] = 32
+    patch_size: Annotated[int, 'squares of so many pixels a side become channels at first'] = 4
+    channels: Annotated[int, 'channels of the first level'] = 64
+    channel_mults: Annotated[tuple[int, ...], 'multiplies channels at each level; sizes halve between'] = (1,)
+    res_blocks: Annotated[int, 'residual blocks per level; the decoder has one more'] = 1
+    attention: Annotated[bool, 'self-attention at the coarsest level, as released'] = False
+    z_channels: Annotated[int, 'C, channels of a latent'] = 16
+    vocab_size: Annotated[int, 'V, codes in the codebook'] = 256
+    scales: Annotated[tuple[int, ...], 'side of each token map, coarse to fine'] = (1, 2, 4, 8)
 
     @property
     def stride(self) -> int:
@@ -182,7 +187,7 @@ class Discriminator(nn.Sequential):
     """PatchGAN: images (B, 3, H, W) in [-1, 1] -> how real each patch looks, (B, 1, about H / 8, W / 8).
 
     The network of pix2pix (Isola et al., 2017), whose verdicts see 70x70 pixels each, but with GroupNorm for
-    BatchNorm: what it says of a picture then depends neither on the batch nor on how many GPUs share it.
+    BatchNorm: what it says of an image then depends neither on the batch nor on how many GPUs share it.
     Needs images of 24 pixels or more.
     """
 
@@ -275,7 +280,7 @@ class VQVAE(nn.Module):
     def teacher_inputs(self, tokens_BL: Tensor) -> Tensor:
         """What the transformer sees in training: (B, L - 1, C) float32.
 
-        The input for scale k + 1 is f_hat after scale k, shrunk to the grid of scale k + 1: the picture so
+        The input for scale k + 1 is f_hat after scale k, shrunk to the grid of scale k + 1: the image so
         far, one vector for each token to predict. (The tokens of scale k alone stand on a smaller grid, and
         are only what that scale added.) Scale 1 has no input: it is predicted from the class.
         """
@@ -320,37 +325,24 @@ class VQVAE(nn.Module):
     @classmethod
     def from_official(cls, state_dict: dict[str, Tensor], scales: tuple[int, ...]) -> 'VQVAE':
         """The released tokenizer (vae_ch160v4096z32.pth) as a VQVAE; all else is read off the shapes.
-
-        Raises ValueError with the first key that is missing, superfluous or of another shape.
-        """
+        Raises ValueError with the first key that is missing, superfluous or of another shape."""
         try:
             channels = len(state_dict['encoder.conv_in.weight'])
             vocab_size, z_channels = state_dict['quantize.embedding.weight'].shape
         except KeyError as error:
-            raise ValueError(f'not a released VAR tokenizer: {error} is missing') from None
+            raise ValueError(f"no released VAR tokenizer: {error} is missing; of the trainer's files take "
+                             "['trainer']['vae_local'], from keys module. and _orig_mod. away") from None
         mults = {(int(m[1]), int(m[2])): len(weight) // channels for key, weight in state_dict.items()
                  if (m := re.fullmatch(r'encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.weight', key))}
         levels, res_blocks = (1 + max(numbers) for numbers in zip(*mults, (0, 0), strict=True))
-        model = cls(VQVAEConfig(
-            image_size=scales[-1] * 2 ** (levels - 1), patch_size=1, channels=channels,
-            channel_mults=tuple(mults.get((level, 0), 1) for level in range(levels)), res_blocks=res_blocks,
-            attention=True, z_channels=z_channels, vocab_size=vocab_size, scales=tuple(scales)))
-        ours = model.state_dict()
-        names = {official_name(name): name for name in ours}
-        for key in [*names, *(key for key in state_dict if key != 'quantize.ema_vocab_hit_SV')]:
-            found = tuple(state_dict[key].shape) if key in state_dict else 'missing'
-            expected = tuple(ours[names[key]].shape) if key in names else 'no such weight'
+        channel_mults = tuple(mults.get((level, 0), 1) for level in range(levels))
+        model = cls(VQVAEConfig(scales[-1] * 2 ** (levels - 1), 1, channels, channel_mults, res_blocks, True,
+                                z_channels, vocab_size, tuple(scales)))
+        ours = {reduce(lambda name, pair: re.sub(*pair, name), RELEASED_NAMES, name): weight
+                for name, weight in model.state_dict().items()}         # our weights, by released names
+        for key in [*ours, *(key for key in state_dict if not key.endswith('quantize.ema_vocab_hit_SV'))]:
+            found, expected = (tuple(at[key].shape) if key in at else 'none' for at in (state_dict, ours))
             if found != expected:
                 raise ValueError(f'{key}: {found}, expected {expected}')
-        model.load_state_dict({name: state_dict[key] for key, name in names.items()})
+            ours[key].copy_(state_dict[key])        # into the model: state_dict() copies nothing
         return model
-
-
-def official_name(name: str) -> str:
-    """The released code's name of one of our weights."""
-    name = re.sub(r'(down|up)_(\d+)_(block|attn)_(\d+)', r'\1.\2.\3.\4', name)
-    name = re.sub(r'(down|up)_(\d+)_', r'\1.\2.', name)
-    for ours, theirs in (('mid_', 'mid.'), ('shortcut', 'nin_shortcut'), ('proj.', 'proj_out.'),
-                         ('codebook.', 'quantize.embedding.'), ('phis.', 'quantize.quant_resi.qresi_ls.')):
-        name = name.replace(ours, theirs)
-    return name

@@ -15,11 +15,11 @@ from sample import Parser, UserError, check, prepare_folder, run_command    # no
 def main(argv: list[str]):
     parser = Parser(prog='curves.py', description=__doc__)
     parser.add_argument('log', help='a var.csv')
-    parser.add_argument('picture', help='the .png to write')
+    parser.add_argument('image', help='the .png to write')
     args = parser.parse_args(argv)
     check(Path(args.log).is_file(), f'{args.log}: no such file')
-    check(args.picture.endswith('.png'), f'{args.picture}: must end in .png')
-    prepare_folder(Path(args.picture).parent, 'folder')
+    check(args.image.endswith('.png'), f'{args.image}: must end in .png')
+    prepare_folder(Path(args.image).parent, 'folder')
     try:
         rows = list(csv.DictReader(Path(args.log).read_text().splitlines()))
         scales = [name.removeprefix('loss_') for name in rows[0] if name.startswith('loss_')]
@@ -40,7 +40,7 @@ def main(argv: list[str]):
     axes.axhline(level, color='grey', linestyle=':', label=f'ln V = {level:.2f}')
     axes.set(xlabel='step', ylabel='cross-entropy, nats a token', title='Loss of each scale')
     axes.legend(fontsize=8, ncols=2)
-    figure.savefig(args.picture, dpi=110)
+    figure.savefig(args.image, dpi=110)
 
 
 if __name__ == '__main__':

@@ -3,8 +3,8 @@
     python sample.py notebooks/cifar10.pt --npz samples.npz --count 1000
     python notebooks/judge.py samples.npz
 
-The classifier is trained once on real pictures (7 to 25 minutes on two cores; shapes: one), and kept. Frechet
-distances are taken in its penultimate features (FID: in another network's); training pictures are the floor.
+The classifier is trained once on real images (7 to 25 minutes on two cores; shapes: one), and kept. Frechet
+distances are taken in its penultimate features (FID: in another network's); training images are the floor.
 """
 import sys
 from pathlib import Path
@@ -25,14 +25,14 @@ JUDGES = {tuple(FIGURES): ('shapes', (16, 32, 64), 3, False, 0.3),
 BATCH, SEED = 128, 10 ** 6
 
 
-def read_pictures(name: str, data_dir: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training pictures (N, 3, 32, 32) uint8 and labels, test pictures and labels. Shapes: drawn anew."""
+def read_images(name: str, data_dir: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training images (N, 3, 32, 32) uint8 and labels, test images and labels. Shapes: drawn anew."""
     drawn = name == 'shapes'
     return (*draw_shapes(12_000, SEED), *draw_shapes(5_000, SEED + 1)) if drawn else read_cifar10(data_dir)
 
 
 class Judge(nn.Module):
-    """In the manner of airbench94 (K. Jordan, 2024). mirror: a picture is judged with its mirror image."""
+    """In the manner of airbench94 (K. Jordan, 2024). mirror: an image is judged with its mirror image."""
 
     def __init__(self, widths: tuple[int, ...], mirror: bool):
         super().__init__()
@@ -63,12 +63,12 @@ class Judge(nn.Module):
         return torch.cat([(self.trunk(x) + self.trunk(x.flip(3) if self.mirror else x)) / 2 for x in parts])
 
     def recognised(self, features: Tensor, labels: Tensor) -> Tensor:
-        """1.0 where the judge takes a picture with these features for its label, else 0.0: (N,)."""
+        """1.0 where the judge takes an image with these features for its label, else 0.0: (N,)."""
         return (self.head(features).argmax(1) == labels).float()
 
 
 def train_judge(judge: Judge, title: str, images: Tensor, labels: Tensor, epochs: int, noise=0.0):
-    """SGD, its learning rate first up and then down; pictures shifted by up to 2 pixels."""
+    """SGD, its learning rate first up and then down; images shifted by up to 2 pixels."""
     judge.to(memory_format=torch.channels_last).whiten(images[:5000])
     optimizer = torch.optim.SGD(judge.parameters(), lr=0.1, momentum=0.85, nesterov=True, weight_decay=1e-3)
     steps = epochs * (len(images) // BATCH)
@@ -76,9 +76,9 @@ def train_judge(judge: Judge, title: str, images: Tensor, labels: Tensor, epochs
                                                    anneal_strategy='linear', cycle_momentum=False)
     batches = (part for _ in range(epochs) for part in torch.randperm(len(images)).split(BATCH))
     for chosen in tqdm((part for part in batches if len(part) == BATCH), desc=title, total=steps):
-        pictures = augment(to_float(images[chosen]), torch.rand(BATCH, 3), judge.mirror, crop=2)
-        pictures = pictures + noise * torch.randn(pictures.shape) if noise else pictures
-        logits = judge.head(judge.trunk(pictures.contiguous(memory_format=torch.channels_last))) / 9
+        batch = augment(to_float(images[chosen]), torch.rand(BATCH, 3), judge.mirror, crop=2)
+        batch = batch + noise * torch.randn(batch.shape) if noise else batch
+        logits = judge.head(judge.trunk(batch.contiguous(memory_format=torch.channels_last))) / 9
         optimizer.zero_grad()
         F.cross_entropy(logits, labels[chosen], label_smoothing=0.2).backward()
         optimizer.step()
@@ -109,7 +109,7 @@ def frechet_distance(a_ND: Tensor, b_ND: Tensor) -> float:
 
 
 def read_npz(path: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """What sample.py --npz wrote: pictures (N, 3, H, W) uint8, labels (N,), names of the classes."""
+    """What sample.py --npz wrote: images (N, 3, H, W) uint8, labels (N,), names of the classes."""
     try:
         arrays = np.load(path)
         images, labels = (torch.from_numpy(arrays[key]) for key in ('arr_0', 'labels'))
@@ -130,19 +130,19 @@ def main(argv: list[str]):
     check(class_names in JUDGES and images.shape[1:] == (3, 32, 32), f"{args.npz}: {images.shape[3]}x"
           f"{images.shape[2]} of {', '.join(class_names[:3])}, ...; judges know 32x32 shapes and CIFAR-10")
     name, (*_, width) = JUDGES[class_names][:2]
-    check(len(images) > width and len(labels.unique()) == 10, f'{args.npz}: {len(images)} pictures of '
+    check(len(images) > width and len(labels.unique()) == 10, f'{args.npz}: {len(images)} images of '
           f'{len(labels.unique())} classes; a covariance of {width} features needs {width + 1}, of all 10')
-    real_images, real_labels, test_images, test_labels = read_pictures(name, args.data_dir)
+    real_images, real_labels, test_images, test_labels = read_images(name, args.data_dir)
     judge = load_judge(name, real_images, real_labels, args.cache or f'out/judge-{name}.pt')
     N = min(len(images), len(test_images))
     drawn, test, real = map(judge.features, (images, test_images, real_images[:N]))
     right, accuracy = judge.recognised(drawn, labels), judge.recognised(test, test_labels).mean()
     print(f'{len(right)} samples: {right.mean():.1%} recognised as the class asked for, by a judge that is '
-          f'right on {accuracy:.1%} of test pictures')
+          f'right on {accuracy:.1%} of test images')
     for label in labels.unique().tolist():
         print(f'  {class_names[label]:10} {right[labels == label].mean():.1%}')
     distance, floor = (frechet_distance(found[:N], test[:N]) for found in (drawn, real))
-    print(f'Frechet distance to {N} test pictures: {distance:.3f}, {distance / floor:.1f} times the '
+    print(f'Frechet distance to {N} test images: {distance:.3f}, {distance / floor:.1f} times the '
           f'floor of {floor:.3f}')
 
 

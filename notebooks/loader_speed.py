@@ -1,6 +1,6 @@
-"""How much faster sample.read_picture is than Pillow's full decode, whole resize and crop, on one core.
+"""How much faster sample.read_image is than Pillow's full decode, whole resize and crop, on one core.
 
-    python notebooks/loader_speed.py DIR [SIZE]         # all pictures in DIR/<class>/, SIZE 256 if not given
+    python notebooks/loader_speed.py DIR [SIZE]         # all images in DIR/<class>/, SIZE 256 if not given
 """
 import statistics
 import sys
@@ -18,12 +18,12 @@ ROUNDS = 7
 
 
 def whole_resize(path: str, size: int, random: np.random.Generator) -> np.ndarray:
-    """The released code's steps, one by one: decode, resize all of the picture, cut."""
-    picture, shorter = Image.open(path).convert('RGB'), round(1.125 * size)
-    w, h = picture.size
+    """The released code's steps, one by one: decode, resize all of the image, cut."""
+    image, shorter = Image.open(path).convert('RGB'), round(1.125 * size)
+    w, h = image.size
     W, H = (shorter, int(shorter * h / w)) if w <= h else (int(shorter * w / h), shorter)
     x, y = int(random.integers(W - size + 1)), int(random.integers(H - size + 1))
-    return np.asarray(picture.resize((W, H), Image.LANCZOS).crop((x, y, x + size, y + size)))
+    return np.asarray(image.resize((W, H), Image.LANCZOS).crop((x, y, x + size, y + size)))
 
 
 def images_per_second(read, paths: list[str], size: int) -> float:
@@ -34,10 +34,10 @@ def images_per_second(read, paths: list[str], size: int) -> float:
 
 
 if __name__ == '__main__':
-    paths, size = [path for path, _ in train.find_pictures(Path(sys.argv[1]))], int((sys.argv + ['256'])[2])
-    speeds = [[images_per_second(read, paths, size) for read in (sample.read_picture, whole_resize)]
+    paths, size = [path for path, _ in train.find_images(Path(sys.argv[1]))], int((sys.argv + ['256'])[2])
+    speeds = [[images_per_second(read, paths, size) for read in (sample.read_image, whole_resize)]
               for _ in range(ROUNDS)]
     ours, theirs = (statistics.median(column) for column in zip(*speeds))
     ratio = statistics.median(a / b for a, b in speeds)
-    print(f'{len(paths)} pictures at {size}: {ours:.0f} images/s a core, {theirs:.0f} with a whole resize; '
+    print(f'{len(paths)} images at {size}: {ours:.0f} images/s a core, {theirs:.0f} with a whole resize; '
           f'median ratio of {ROUNDS} rounds {ratio:.2f}')

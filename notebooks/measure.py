@@ -1,12 +1,12 @@
-"""Measures a model on real pictures: reconstructions, codes in use, likelihood. Needs no other network.
+"""Measures a model on real images: reconstructions, codes in use, likelihood. Needs no other network.
 
     python notebooks/measure.py notebooks/cifar10.pt --data-dir DIR
 
 Prints a table: PSNR, and for each scale the codes in use, their perplexity (the number of equally frequent
-codes that would be as varied) and the negative log-likelihood in bits a token, of as many test pictures as
-training pictures: where the two part, the transformer has learned pictures by heart. Bits an image are the
+codes that would be as varied) and the negative log-likelihood in bits a token, of as many test images as
+training images: where the two part, the transformer has learned images by heart. Bits an image are the
 sum over all tokens: what it costs to write the tokens down with the transformer as the model of a coder.
-With --npz, the reconstructions of the test pictures are written for judge.py: samples can't be more detailed.
+With --npz, the reconstructions of the test images are written for judge.py: samples can't be more detailed.
 """
 import sys
 from pathlib import Path
@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from judge import JUDGES, read_pictures                                     # noqa: E402
-from sample import Parser, check, load, prepare_folder, run_command, save_npz, to_uint8     # noqa: E402
+from judge import JUDGES, read_images                                     # noqa: E402
+from sample import COUNT, Parser, check, load, prepare_folder, run_command, save_npz, to_uint8  # noqa: E402
 from train import to_float                                                  # noqa: E402
 
 
@@ -28,17 +28,18 @@ def measure(tokenizer, var, images: Tensor, labels: Tensor) -> tuple[Tensor, Ten
     V, lengths = tokenizer.config.vocab_size, tokenizer.scale_lengths
     bits_L, hits_KV, reconstructions = torch.zeros(sum(lengths)), torch.zeros(len(lengths), V), []
     for chosen in tqdm(torch.arange(len(images)).split(100), leave=False):
-        pictures = to_float(images[chosen])
-        tokens_BL = tokenizer.encode(pictures)
+        batch = to_float(images[chosen])
+        tokens_BL = tokenizer.encode(batch)
         reconstructions.append(tokenizer.decode(tokens_BL))
         logits_BLV = var(labels[chosen], tokenizer.teacher_inputs(tokens_BL))
-        bits_L += F.cross_entropy(logits_BLV.transpose(1, 2), tokens_BL, reduction='none').sum(0)
+        nats = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten(), reduction='none')
+        bits_L += nats.view_as(tokens_BL).sum(0)
         hits_KV += torch.stack([maps.flatten().bincount(minlength=V) for maps in tokens_BL.split(lengths, 1)])
     return torch.cat(reconstructions), bits_L / len(images) / torch.tensor(2.0).log(), hits_KV
 
 
 def psnr(reconstructions: Tensor, images: Tensor) -> float:
-    """Peak signal-to-noise ratio (dB) of pictures in [-1, 1] against uint8 ones, over all of them."""
+    """Peak signal-to-noise ratio (dB) of images in [-1, 1] against uint8 ones, over all of them."""
     return -10 * (F.mse_loss(reconstructions, to_float(images)) / 4).log10().item()
 
 
@@ -46,18 +47,17 @@ def main(argv: list[str]):
     parser = Parser(prog='measure.py', description=__doc__)
     parser.add_argument('checkpoint', help='a var.pt')
     parser.add_argument('--data-dir', help='folder with CIFAR-10; absent: downloaded to data/')
-    parser.add_argument('--count', type=int, default=10_000, help='pictures of each kind, at most [10000]')
-    parser.add_argument('--npz', help='write the reconstructions of the test pictures here, for judge.py')
+    parser.add_argument('--count', type=COUNT, default=10_000, help='images of each kind, at most [10000]')
+    parser.add_argument('--npz', help='write the reconstructions of the test images here, for judge.py')
     args = parser.parse_args(argv)
-    check(args.count >= 1, f'--count {args.count}: must be at least 1')
     if args.npz:
         check(args.npz.endswith('.npz'), f'--npz {args.npz}: must end in .npz')
         prepare_folder(Path(args.npz).parent, '--npz')
     tokenizer, var, _ = load(args.checkpoint)
     known = JUDGES.get(tuple(var.class_names))
-    check(known and tokenizer.config.image_size == 32, f'{args.checkpoint}: made for other pictures than '
+    check(known and tokenizer.config.image_size == 32, f'{args.checkpoint}: made for other images than '
           'CIFAR-10 or shapes of 32x32')
-    arrays = read_pictures(known[0], args.data_dir)
+    arrays = read_images(known[0], args.data_dir)
     N = min(args.count, len(arrays[2]))
     images, labels, test_images, test_labels = (array[:N] for array in arrays)
     drawn, train_bits_L, _ = measure(tokenizer, var, images, labels)
@@ -71,11 +71,11 @@ def main(argv: list[str]):
         use, perplexity = (hits_V > 0).float().mean(), torch.special.entr(hits_V / hits_V.sum()).sum().exp()
         print(f'| {name} | {len(bits)} | {use:.1%} | {perplexity:.0f} | {bits.mean():.3f} | '
               f'{train_bits.mean():.3f} |')
-    print(f'\n{N} test pictures: PSNR {psnr(test_drawn, test_images):.2f} dB, {bits_L.sum():.1f} bits an '
-          f'image; as many training pictures: {psnr(drawn, images):.2f} dB, {train_bits_L.sum():.1f} bits')
+    print(f'\n{N} test images: PSNR {psnr(test_drawn, test_images):.2f} dB, {bits_L.sum():.1f} bits an '
+          f'image; as many training images: {psnr(drawn, images):.2f} dB, {train_bits_L.sum():.1f} bits')
     if args.npz:
-        pictures = to_uint8(test_drawn).permute(0, 2, 3, 1).numpy()
-        save_npz(Path(args.npz), pictures, test_labels.tolist(), var.class_names)
+        arrays = to_uint8(test_drawn).permute(0, 2, 3, 1).numpy()
+        save_npz(Path(args.npz), arrays, test_labels.tolist(), var.class_names)
 
 
 if __name__ == '__main__':

@@ -94,8 +94,8 @@ def test_a_notebook_that_fails_is_not_saved_and_fails_the_run(tmp_path, capsys):
 
 @pytest.mark.skipif(not CIFAR10.exists(), reason='needs CIFAR-10 in ../shared')
 def test_the_pictures_of_the_walkthroughs_are_the_first_test_pictures():
-    from aids import real_pictures, sample
-    images, labels = real_pictures()
+    from aids import real_images, sample
+    images, labels = real_images()
     sheet = np.asarray(Image.open(CIFAR10 / 'test_batch.webp').convert('RGB'))[:32, :32 * 32]
     found = sample.to_uint8(images).permute(0, 2, 3, 1).numpy()
     assert (found == np.stack(np.split(sheet, 32, axis=1))).all()

@@ -204,7 +204,7 @@ def draw(student, seed):
 
 def sample_tokens(student, seed):
     tokenizer, var, _ = sample.load(ROOT / 'notebooks' / 'cifar10.pt')
-    noise_BL = sample.noise_of_pictures(seed, 0, 8, 85)
+    noise_BL = sample.noise_of_images(seed, 0, 8, 85)
 
     def pick(logits_BlV, k):
         return draw_tokens(logits_BlV, noise_BL.split(tokenizer.scale_lengths, 1)[k], 0, 0.8)

@@ -1,0 +1,73 @@
+"""costs.py: its FLOPs are those that torch counts, its memory is what autograd keeps."""
+import resource
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import costs                                                                            # noqa: E402
+from train import parse                                                                 # noqa: E402
+from var import VAR, VARConfig                                                          # noqa: E402
+from vqvae import VQVAE, VQVAEConfig                                                    # noqa: E402
+
+
+def counted_flops(function) -> int:
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        function()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize('shared', [False, True])
+def test_the_flops_are_those_that_torch_counts(shared):
+    row = costs.cost(parse(['--depth', '3', '--shared-adaln' if shared else '--no-shared-adaln'])[0])
+    tokenizer = VQVAE(VQVAEConfig())
+    var = VAR(VARConfig(depth=3, num_classes=10, vocab_size=256, z_channels=16, scales=(1, 2, 4, 8),
+                        shared_adaln=shared))
+    images, labels = torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.int64)
+    inputs = tokenizer.teacher_inputs(tokenizer.encode(images))
+    encoder = counted_flops(lambda: tokenizer.features(images))
+    training = counted_flops(lambda: var(labels, inputs).sum().backward()) + encoder
+    sampling = counted_flops(lambda: var.generate(tokenizer, labels))
+    # not in the formula: distances to codes and phis; and no gradient flows to the first inputs
+    assert row['training'] == pytest.approx(training, rel=0.02)
+    assert row['sampling'] == pytest.approx(sampling, rel=0.02)
+
+
+def test_the_memory_is_what_autograd_keeps():
+    config = VARConfig(depth=4, num_classes=10, vocab_size=64, z_channels=16, scales=(1, 2, 4, 8))
+    var, B, L, kept = VAR(config), 33, 85, {}
+
+    def pack(tensor):
+        if tensor.shape[:1] in [(B,), (B * L,)]:                    # the others are weights
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            labels, noise = torch.zeros(B, dtype=torch.int64), torch.rand(B, 9)
+            logits = var(labels, torch.randn(B, L - 1, 16), noise)
+        F.cross_entropy(logits.flatten(0, 1), torch.zeros(B * L, dtype=torch.int64))
+    each = sum(kept.values()) / (B * L * config.width * config.depth)
+    assert each == pytest.approx(costs.ACTIVATION_BYTES, rel=0.05)
+
+
+@pytest.mark.parametrize('depth, parameters', [(16, 310283520), (20, 600917136), (24, 1033399360),
+                                               (30, 2010020356), (36, 2353893904)])
+def test_the_recipes_have_as_many_parameters_as_the_authors_models(depth, parameters):
+    preset = 'imagenet512' if depth == 36 else 'imagenet256'
+    assert costs.cost(parse(f'--preset {preset} --depth {depth}'.split())[0])['parameters'] == parameters
+
+
+def test_the_command_prints_a_row_and_allocates_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    costs.main('--preset imagenet256 --depth 30 --gpus 64 --tflops 312 --mfu 0.3'.split())
+    text = capsys.readouterr().out
+    assert '| imagenet256, d30 | 2,010,020,356 |' in text
+    assert '64 GPUs of 312 TFLOP/s at an assumed MFU of 0.3' in text
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000    # KiB; weights: 8 GB
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,183 @@
+"""What measures results: measure.py, curves.py, judge.py, and the committed model that README measures."""
+import csv
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:0] = [str(ROOT), str(HERE)]
+import costs                                                                            # noqa: E402, F401
+import curves                                                                           # noqa: E402
+import judge                                                                            # noqa: E402
+import measure                                                                          # noqa: E402
+import sample                                                                           # noqa: E402
+import train                                                                            # noqa: E402
+from test_var import (README, check_wrong_flag, complaint, curve, seeded, tiny_run)     # noqa: E402, F401
+
+WRONG_FLAGS = """
+    measure.py RUN/var.pt --count 0                 | --count 0; 1 or more
+    measure.py RUN/vqvae.pt                         | vqvae.pt; kind 'vqvae'
+    measure.py RUN/var.pt --npz a.png               | --npz a.png; .npz
+    curves.py none.csv a.png                        | none.csv; no such file
+    curves.py RUN/vqvae.csv a.png                   | vqvae.csv; not the var.csv
+    curves.py RUN/var.pt a.png                      | var.pt; not the var.csv
+    curves.py RUN/var.csv a.gif                     | a.gif; .png
+    judge.py none.npz                               | none.npz; FileNotFoundError
+    judge.py RUN/var.csv                            | var.csv; not what sample.py --npz writes
+    costs.py --mfu 2                                | --mfu 2; (0, 1]
+    costs.py --dept 3                               | --dept 3; did you mean --depth?
+"""
+
+
+@pytest.mark.parametrize('line', [' '.join(line.split()) for line in WRONG_FLAGS.strip().splitlines()])
+def test_a_wrong_flag_is_named(line, tiny_run, tmp_path, capsys, monkeypatch):         # noqa: F811
+    check_wrong_flag(line, tiny_run, tmp_path, capsys, monkeypatch)
+
+
+def test_measured_bits_and_psnr_are_those_of_validation(tiny_run):  # noqa: F811
+    """measure.py goes its own way to what train.py logged of the held-out drawings."""
+    tokenizer, var, _ = sample.load(tiny_run / 'var.pt')
+    images, labels = train.draw_shapes(32, 2 ** 31)
+    reconstructions, bits_L, hits_KV = measure.measure(tokenizer, var, images, labels)
+    row, stage_1 = (curve(tiny_run, stage)[-1] for stage in ('var', 'vqvae'))
+    for name, bits in zip(('1x1', '2x2', '8x8'), bits_L.split([1, 4, 64])):
+        assert bits.mean() * math.log(2) == pytest.approx(float(row[f'loss_{name}']), rel=1e-4)
+        assert hits_KV.sum() == 32 * 69
+    assert measure.psnr(reconstructions, images) == pytest.approx(float(stage_1['psnr']), abs=1e-3)
+    assert 100 * (hits_KV.sum(0) > 0).float().mean() == pytest.approx(float(stage_1['use']))
+
+
+def test_reconstructions_are_written_for_the_judge(tiny_run, tmp_path):  # noqa: F811
+    measure.main([f'{tiny_run}/var.pt', '--count', '12', '--npz', f'{tmp_path}/a.npz'])
+    images, labels, class_names = judge.read_npz(f'{tmp_path}/a.npz')
+    expected, expected_labels = (part[:12] for part in judge.read_images('shapes', None)[2:])
+    tokenizer, _, _ = sample.load(tiny_run / 'var.pt')
+    assert torch.equal(images, sample.to_uint8(tokenizer.decode(tokenizer.encode(train.to_float(expected)))))
+    assert torch.equal(labels, expected_labels) and class_names == train.FIGURES
+
+
+@pytest.mark.parametrize('folder', ['tiny_run', 'notebooks'])
+def test_the_curves_of_a_run_are_drawn(folder, tiny_run, tmp_path):  # noqa: F811
+    log = tiny_run / 'var.csv' if folder == 'tiny_run' else HERE / 'cifar10-var.csv'
+    curves.main([str(log), str(tmp_path / 'curves.png')])
+    image = np.asarray(Image.open(tmp_path / 'curves.png').convert('RGB')).astype(int)
+    coloured = np.ptp(image, axis=2) > 40
+    assert image.shape == (440, 770, 3) and coloured.sum() > 2000        # not its legend alone
+
+
+def test_the_committed_model_is_small_and_draws_every_class():
+    path = HERE / 'cifar10.pt'
+    assert path.stat().st_size <= 24 * 2 ** 20
+    assert torch.load(path, weights_only=True)['var']['head.weight'].dtype == torch.bfloat16
+    tokenizer, var, defaults = sample.load(path)
+    assert var.class_names == train.CIFAR10_CLASSES
+    images = next(sample.draw(tokenizer, var, list(range(10)), 0, 10, **defaults))[0]
+    assert images.shape == (10, 3, 32, 32) and images.std((1, 2, 3)).min() > 0.05       # none is a flat grey
+
+
+def test_the_frechet_distance_is_that_of_two_gaussians():
+    a = torch.randn(500, 6) @ torch.randn(6, 6)
+    assert judge.frechet_distance(a, a + 2) == pytest.approx(6 * 4, rel=1e-6)           # 0 but for the shift
+    thrice = judge.frechet_distance(a, 3 * a - 2 * a.mean(0))   # the same mean, nine times the covariance
+    assert thrice == pytest.approx((3 - 1) ** 2 * a.T.cov().trace().item(), rel=1e-4)
+    b = torch.randn(400, 6) @ torch.randn(6, 6)                 # covariances that do not commute
+    A, B = a.double().T.cov(), b.double().T.cov()
+    between = torch.linalg.eigvals(A @ B).real.sqrt().sum()     # the trace of the root of a product
+    expected = (a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * between
+    assert judge.frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def write_npz(path: Path, count=300, size=32, class_names=train.FIGURES):
+    np.savez(path, arr_0=np.zeros((count, size, size, 3), np.uint8), labels=np.arange(count) % 10,
+             class_names=np.array(class_names))
+
+
+def test_the_judge_names_samples_that_it_cannot_judge(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_npz('size.npz', size=28)
+    write_npz('classes.npz', class_names=train.CIFAR10_CLASSES[::-1])
+    write_npz('few.npz', count=64)
+    write_npz('old.npz')
+    write_npz('labels.npz', class_names=train.FIGURES[:9])
+    write_npz('lack.npz')
+    np.savez('lack.npz', **dict(np.load('lack.npz')) | dict(labels=np.zeros(300, int)))
+    arrays = dict(np.load('old.npz'))
+    del arrays['class_names']
+    np.savez('old.npz', **arrays)
+    for name, words in dict(size='28x28; 32x32', classes='32x32 of truck, ship; shapes and CIFAR-10',
+                            few='64 images of 10 classes; covariance of 64; needs 65',
+                            lack='300 images of 1 classes; of all 10',
+                            old='not what sample.py --npz writes',
+                            labels='not what sample.py --npz writes').items():
+        error = complaint(judge.main, [f'{name}.npz'], capsys, monkeypatch)
+        assert f'{name}.npz' in error and all(word in error for word in words.split('; ')), error
+    sample.save_checkpoint(Path('other.pt'), 'var')
+    write_npz('good.npz')
+    assert "kind 'var'" in complaint(judge.main, ['good.npz', '--cache', 'other.pt'], capsys, monkeypatch)
+
+
+@pytest.fixture(scope='session')
+def cifar10(tmp_path_factory) -> Path:
+    """The folder that holds CIFAR-10's binary files."""
+    if (ROOT / 'data/cifar-10-batches-bin').is_dir():
+        return ROOT / 'data'
+    unpack, folder = ROOT.parent / 'shared/tools/unpack_cifar10.py', tmp_path_factory.mktemp('cifar10')
+    if not unpack.exists():
+        pytest.skip('needs CIFAR-10 in data/, where `python train.py --preset cifar10` downloads it')
+    subprocess.run([sys.executable, str(unpack), str(folder)], check=True, capture_output=True)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_committed_model_measures_what_readme_says(cifar10, capsys):
+    """On a fifth of the images that README's figures are of, so within 1%."""
+    measure.main([str(HERE / 'cifar10.pt'), '--data-dir', str(cifar10), '--count', '2000'])
+    *_, row, _, line = capsys.readouterr().out.strip().splitlines()
+    said, = re.findall(r'^\| all \| 85 .*$', README, flags=re.M)
+    found, claimed = ([float(number) for number in re.findall(r'[\d.]*\d', text)] for text in (row, said))
+    assert found == pytest.approx(claimed, rel=0.01), row               # codes, perplexity, bits a token
+    said, = re.findall(r'^10000 test images: .*$', README, flags=re.M)
+    found, claimed = ([float(number) for number in re.findall(r'[\d.]*\d', text)] for text in (line, said))
+    assert found[1:] == pytest.approx(claimed[1:], rel=0.01), line      # PSNR and bits an image
+
+
+@pytest.mark.slow
+def test_a_judge_that_saw_a_quarter_of_cifar10_once_knows_images_and_samples(cifar10):
+    images, labels, test_images, test_labels = judge.read_images('cifar10', str(cifar10))
+    network = judge.Judge((48, 128, 256), mirror=True)
+    judge.train_judge(network, 'judge', images[:12_800], labels[:12_800], 1)
+    accuracy = network.eval().recognised(network.features(test_images[:2000]), test_labels[:2000]).mean()
+    tokenizer, var, defaults = sample.load(HERE / 'cifar10.pt')
+    wanted = torch.arange(200) % 10
+    batches = sample.draw(tokenizer, var, wanted.tolist(), 0, 100, **defaults)
+    drawn = sample.to_uint8(torch.cat([images for images, _ in batches]))
+    share = network.recognised(network.features(drawn), wanted).mean()
+    print(f'judge {accuracy:.1%}, samples {share:.1%}')
+    assert accuracy > 0.5 and share > 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / 'out/shapes/var.pt').exists(), reason='needs what `python train.py` leaves')
+def test_the_default_run_draws_what_was_asked_for(tmp_path):
+    """1,000 samples at the checkpoint's own defaults, judged by a classifier that knows the drawings."""
+    tokenizer, var, defaults = sample.load(ROOT / 'out/shapes/var.pt')
+    labels = torch.arange(1000) % 10
+    batches = sample.draw(tokenizer, var, labels.tolist(), 1, 100, **defaults)
+    *training, test_images, test_labels = judge.read_images('shapes', None)
+    network = judge.load_judge('shapes', *training, tmp_path / 'judge.pt')
+    drawn = sample.to_uint8(torch.cat([images for images, _ in batches]))
+    right = network.recognised(network.features(drawn), labels)
+    accuracy = network.recognised(network.features(test_images), test_labels).mean()
+    by_class = [right[c::10].mean().item() for c in range(10)]
+    print(f'judge {accuracy:.1%}, recognised {right.mean():.1%}, by class {by_class}')
+    assert accuracy >= 0.99 and right.mean() >= 0.9 and min(by_class) >= 0.75
+    row = list(csv.DictReader((ROOT / 'out/shapes/vqvae.csv').open()))[-1]
+    assert float(row['psnr']) >= 24 and float(row['use']) >= 95
