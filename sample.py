@@ -92,7 +92,7 @@ def run_command(main):
     """Runs main(argv); what the user can mend becomes one line on stderr and exit status 2."""
     try:
         main(sys.argv[1:])
-    except (UserError, OSError, torch.OutOfMemoryError, RuntimeError) as error:
+    except (UserError, OSError, RuntimeError) as error:
         line = str(error) if isinstance(error, UserError) else one_line(error)
         if isinstance(error, torch.OutOfMemoryError):
             line = f'out of memory; take fewer images at once, by --batch-size or --micro-batch-size ({line})'
@@ -160,6 +160,9 @@ def autocast(device: torch.device, dtype: str):
 
 
 # ----------------------------------------------------------------------------------------------- checkpoints
+MISFITS = (KeyError, TypeError, ValueError, RuntimeError, AttributeError)   # of what a checkpoint should hold
+
+
 def save_file(path: Path, write, previous: Path | None = None):
     """write(file) into a temporary file beside path, which then takes path's place: whole or not at all.
 
@@ -207,7 +210,7 @@ def build_tokenizer(checkpoint: dict, path: str | Path) -> VQVAE:
     try:
         tokenizer = VQVAE(VQVAEConfig(**checkpoint['vqvae_config']))
         tokenizer.load_state_dict(checkpoint['vqvae'])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except MISFITS as error:
         raise UserError(f'{path}: its tokenizer does not fit its config ({one_line(error)})') from None
     return frozen(tokenizer, path)
 
@@ -228,7 +231,7 @@ def load_tokenizer(path: str | Path, scales: tuple[int, ...] | None) -> VQVAE:
     check(scales is not None, f'{path}: not made by train.py; if it is the authors\', say its --scales')
     try:
         return frozen(VQVAE.from_official(checkpoint, scales), path)
-    except (ValueError, AttributeError, TypeError) as error:
+    except MISFITS as error:
         raise UserError(f'{path}: {error}') from None
 
 
@@ -248,7 +251,7 @@ def load(path: str | Path, device: str | torch.device = 'cpu') -> tuple[VQVAE, V
         var.load_state_dict(checkpoint['var'])
         var.check_tokenizer(tokenizer)
         var.class_names, defaults = list(checkpoint['class_names']), dict(checkpoint['defaults'])
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+    except MISFITS as error:
         raise UserError(f'{path}: its transformer does not fit its config ({one_line(error)})') from None
     check(len(var.class_names) == var.config.num_classes and all(isinstance(c, str) for c in var.class_names),
           f'{path}: names {len(var.class_names)} classes, but the transformer knows {var.config.num_classes}')

@@ -19,6 +19,7 @@ import colorsys
 import csv
 import hashlib
 import http.client
+import io
 import itertools
 import math
 import os
@@ -775,10 +776,11 @@ class Stage:
         """Stops the run where a metric is not a number any more: nothing is saved after that."""
         for step, row in enumerate(rows, start=self.step - len(rows) + 1):
             for name in sorted(row, key=lambda name: not name[-1].isdigit()):       # a scale, if any
-                what = re.sub(r'_(?=\d)', ' of scale ', name)
-                check(math.isfinite(row[name]), f'{self.name}: {what} is {row[name]} at step {step}; the '
-                      f'last save stands; go on from it by --resume with --{self.name}-lr below '
-                      f'{getattr(self.args, self.name + "_lr")}, or --dtype float32')
+                if not math.isfinite(row[name]):
+                    what, lr = re.sub(r'_(?=\d)', ' of scale ', name), getattr(self.args, f'{self.name}_lr')
+                    raise UserError(f'{self.name}: {what} is {row[name]} at step {step}; the last save '
+                                    f'stands; go on from it by --resume with --{self.name}-lr below {lr}, or '
+                                    '--dtype float32')
 
     def report(self, row: dict[str, float]):
         """What a validation found, for the log and the screen."""
@@ -791,12 +793,12 @@ class Stage:
         """One more line; and the CSV, which is written from all lines, whole or not at all."""
         self.log.append(dict(step=self.step, split=split) | {name: f'{row[name]:.7g}' for name in row})
         if rank() == 0:
-            columns = dict.fromkeys(name for line in self.log for name in line)
-            with open(self.run.out / 'log.tmp', 'w', newline='') as file:
-                writer = csv.DictWriter(file, columns)
-                writer.writeheader()
-                writer.writerows(self.log)
-            os.replace(file.name, self.run.out / f'{self.name}.csv')
+            text = io.StringIO(newline='')
+            writer = csv.DictWriter(text, dict.fromkeys(name for line in self.log for name in line))
+            writer.writeheader()
+            writer.writerows(self.log)
+            path = self.run.out / f'{self.name}.csv'
+            sample.save_file(path, lambda file: file.write(text.getvalue().encode()))
 
     def save(self):
         """last.pt: all that it takes to go on. The first one lets go of the run that it replaces."""
@@ -824,7 +826,7 @@ class Stage:
                     tensor.copy_(saved['state'][name])
                 for name in COUNTERS:
                     setattr(self, name, type(getattr(self, name))(saved[name]))
-            except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            except sample.MISFITS as error:
                 raise UserError(f'{self.run.out}/last.pt: not what this train.py saves ({one_line(error)}); '
                                 'start anew in another --out') from None
 
