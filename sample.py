@@ -1,13 +1,16 @@
-"""Draws images from a checkpoint.
+"""Draws images from a checkpoint, ours or the authors', edits photographs with it, and exports.
 
     python sample.py out/shapes/var.pt                                                 # one of each class
     python sample.py out/shapes/var.pt --labels 3 star --count 16 --cfg 1.5 --top-k 900 --top-p 0.96 --seed 0
     python sample.py out/shapes/var.pt --count 4 --show-scales --out scales.png        # coarse to fine
-    python sample.py out/shapes/var.pt --npz samples.npz --count 50000                 # for an evaluator
+    python sample.py out/shapes/var.pt --image a.png --box 0.2 0.2 0.8 0.8 --count 4   # in-painting
+    python sample.py out/shapes/var.pt --image a.png --keep-scales 2 --count 4         # variations
+    python sample.py --official d16 --labels 207 980                                   # the authors' weights
+    torchrun --nproc-per-node 8 sample.py out/shapes/var.pt --npz samples.npz --count 50000
     python sample.py out/shapes/var.pt --export small.pt           # the model in bfloat16, half the size
 
-An image depends on the checkpoint, the flags, the seed and its own number, and not on batch size or device,
-where only rounding may differ (so it is drawn in float32, unless --dtype says otherwise). From Python:
+An image depends on the checkpoint, the flags, the seed and its own number, and not on batch size, device or
+number of processes, where only rounding may differ. From Python:
 
     tokenizer, var, defaults = sample.load('out/shapes/var.pt')
     images = var.generate(tokenizer, torch.tensor([0, 1, 2]), **defaults)           # (3, 3, H, W) in [-1, 1]
@@ -17,18 +20,28 @@ else is needed to draw. Shapes stand in the names of tensors as in vqvae.py and 
 """
 import argparse
 import difflib
+import functools
+import http.client
 import math
 import os
 import re
+import shutil
 import sys
 import tempfile
+import typing
+import warnings
+import zipfile
+import zlib
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -84,6 +97,7 @@ def number(kind: type, wanted: str, fits):
 COUNT = number(int, '1 or more', lambda n: n >= 1)
 ANY_COUNT = number(int, '0 or more', lambda n: n >= 0)
 STRENGTH = number(float, '0 or more', lambda x: 0 <= x < math.inf)
+POSITIVE = number(float, 'above 0', lambda x: 0 < x < math.inf)
 SHARE = number(float, 'in [0, 1]', lambda x: 0 <= x <= 1)
 SAMPLING = dict(cfg=STRENGTH, top_k=ANY_COUNT, top_p=SHARE)     # what a checkpoint has defaults for
 
@@ -92,15 +106,15 @@ def run_command(main):
     """Runs main(argv); what the user can mend becomes one line on stderr and exit status 2."""
     try:
         main(sys.argv[1:])
-    except (UserError, OSError, RuntimeError) as error:
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
         line = str(error) if isinstance(error, UserError) else one_line(error)
-        if isinstance(error, torch.OutOfMemoryError):
+        if is_out_of_memory(error):
             line = f'out of memory; take fewer images at once, by --batch-size or --micro-batch-size ({line})'
         elif isinstance(error, RuntimeError):               # a bug, unless another process is gone
             if not ('TORCHELASTIC_RUN_ID' in os.environ and re.search('gloo|nccl', line, re.I)):
                 raise
             line = f'lost another process, which may have said why ({line})'
-        rank = os.environ.get('RANK', '0')                  # set by torchrun, for train.py
+        rank = os.environ.get('RANK', '0')                  # set by torchrun
         print(f"error: {'' if rank == '0' else f'rank {rank}: '}{line}", file=sys.stderr, flush=True)
         if 'TORCHELASTIC_RUN_ID' in os.environ:
             sys.stdout.flush()
@@ -109,6 +123,14 @@ def run_command(main):
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         sys.exit(130)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or 'allocate memory' in str(error)
+
+
+def one_line(error: Exception) -> str:
+    return re.sub(r'\s+', ' ', str(error))[:160]
 
 
 def check(condition: bool, message: str):
@@ -139,12 +161,72 @@ def prepare_folder(folder: Path, flag: str):
         raise UserError(f'{folder}: cannot be written ({error.strerror}); choose another {flag}') from None
 
 
-# ------------------------------------------------------------------------------------------- device and type
-def choose_device(name: str) -> torch.device:
-    """'auto' is the GPU where there is one."""
-    if name == 'auto':
-        name = 'cuda' if torch.cuda.is_available() else 'cpu'
+# ------------------------------------------------------------------------------------- processes and devices
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start_processes():
+    """Under torchrun, joins the other processes. Each has all weights, and its share of each batch."""
+    if 'TORCHELASTIC_RUN_ID' in os.environ:
+        backend = 'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo'
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+
+
+def leave(status: int):
+    """Ends all together, when rank 0 has written everything: torchrun kills those that stay behind. And at
+    once, since a thread of gloo that outlives the interpreter would now and then abort the process."""
+    if dist.is_initialized():
+        wait_for_all()
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+@contextmanager
+def rank_0_first():
+    """For what would fail in all processes alike: rank 0 tries it first, and is the one that complains."""
+    failed = torch.tensor(float(rank() == 0))
+    if rank() > 0 and all_sum(failed):
+        os._exit(2)
     try:
+        yield
+        failed.zero_()
+    finally:
+        if rank() == 0:
+            all_sum(failed)
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """The sum over all processes, in place, the same to the bit in each."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def wait_for_all():
+    all_sum(torch.zeros(()))
+
+
+def from_rank_0(value):
+    """What rank 0 found, in all processes."""
+    if dist.is_initialized():
+        dist.broadcast_object_list(values := [value])
+        return values[0]
+    return value
+
+
+def choose_device(name: str) -> torch.device:
+    """'auto' is the GPU where there is one; of several, each process of torchrun takes its own."""
+    if name in ('auto', 'cuda') and torch.cuda.is_available():
+        name = f"cuda:{os.environ['LOCAL_RANK']}" if dist.is_initialized() else 'cuda'
+    try:
+        name = 'cpu' if name == 'auto' else name
         check(re.fullmatch(r'cpu|mps|cuda(:\d+)?', name), 'unknown')
         torch.empty(0, device=name)
     except Exception:                                       # a missing driver or device fails in many ways
@@ -152,28 +234,44 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def autocast(device: torch.device, dtype: str):
-    """The one autocast context. 'auto': bfloat16 on a GPU, float32 on a CPU (few are fast at bfloat16)."""
+def choose_dtype(device: torch.device, dtype: str) -> str:
+    """'auto' is bfloat16 on a GPU, float32 on a CPU (few are fast at bfloat16)."""
     if dtype == 'auto':
-        dtype = 'bfloat16' if device.type == 'cuda' else 'float32'
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == 'bfloat16')
+        return 'bfloat16' if device.type == 'cuda' else 'float32'
+    return dtype
+
+
+def autocast(device: torch.device, dtype: str):
+    """The one autocast context."""
+    is_low = choose_dtype(device, dtype) == 'bfloat16'
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=is_low)
 
 
 # ----------------------------------------------------------------------------------------------- checkpoints
-MISFITS = (KeyError, TypeError, ValueError, RuntimeError, AttributeError)   # of what a checkpoint should hold
+@contextmanager
+def what_a_file_holds(complaint: str):
+    """What fails in here, fails by the content of a file: an error of the user's, which begins like this."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError,
+            argparse.ArgumentTypeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f'{complaint} ({one_line(error)})') from None
 
 
-def save_file(path: Path, write, previous: Path | None = None):
+def save_file(path: Path, write, previous: Path | None = None, sync: bool = True):
     """write(file) into a temporary file beside path, which then takes path's place: whole or not at all.
 
-    What stood at path is kept as `previous`, if that is named.
+    What stood at path is kept as `previous`, if that is named. sync: not even a power cut tears it.
     """
     temporary = path.with_name(path.name + '.tmp')
     try:
         with open(temporary, 'wb') as file:
             write(file)
             file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                os.fsync(file.fileno())
         if previous and path.exists():
             os.replace(path, previous)
         os.replace(temporary, path)
@@ -198,6 +296,8 @@ def read_checkpoint(path: str | Path, kinds: tuple[str, ...], mmap: bool = False
     except OSError as error:
         raise UserError(f'{path}: cannot be read ({one_line(error)})') from None
     except Exception as error:                              # torch.load fails in many ways on a torn file
+        if is_out_of_memory(error):
+            raise
         raise TornError(f'{path}: torn, or no checkpoint at all ({one_line(error)})') from None
     check(isinstance(checkpoint, dict), f'{path}: holds no checkpoint')
     kind = checkpoint.get('kind', 'other')
@@ -207,12 +307,15 @@ def read_checkpoint(path: str | Path, kinds: tuple[str, ...], mmap: bool = False
 
 def build_tokenizer(checkpoint: dict, path: str | Path) -> VQVAE:
     """The tokenizer of a checkpoint of kind 'vqvae' or 'var', frozen."""
-    try:
-        tokenizer = VQVAE(VQVAEConfig(**checkpoint['vqvae_config']))
-        tokenizer.load_state_dict(checkpoint['vqvae'])
-    except MISFITS as error:
-        raise UserError(f'{path}: its tokenizer does not fit its config ({one_line(error)})') from None
+    with what_a_file_holds(f'{path}: its tokenizer does not fit its config'):
+        with torch.device('meta'):                          # no initial values
+            tokenizer = VQVAE(VQVAEConfig(**checkpoint['vqvae_config']))
+        tokenizer.load_state_dict(as_float(checkpoint['vqvae']), assign=True)
     return frozen(tokenizer, path)
+
+
+def as_float(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: weight.float() for name, weight in weights.items()}
 
 
 def frozen(module: torch.nn.Module, path: str | Path) -> torch.nn.Module:
@@ -229,14 +332,8 @@ def load_tokenizer(path: str | Path, scales: tuple[int, ...] | None) -> VQVAE:
     if 'kind' in checkpoint:
         return build_tokenizer(checkpoint, path)
     check(scales is not None, f'{path}: not made by train.py; if it is the authors\', say its --scales')
-    try:
+    with what_a_file_holds(f'{path}: will not do'):
         return frozen(VQVAE.from_official(checkpoint, scales), path)
-    except MISFITS as error:
-        raise UserError(f'{path}: {error}') from None
-
-
-def one_line(error: Exception) -> str:
-    return re.sub(r'\s+', ' ', str(error))[:160]
 
 
 def load(path: str | Path, device: str | torch.device = 'cpu') -> tuple[VQVAE, VAR, dict]:
@@ -245,23 +342,53 @@ def load(path: str | Path, device: str | torch.device = 'cpu') -> tuple[VQVAE, V
     The class names are at var.class_names. Raises UserError where the file won't do.
     """
     checkpoint = read_checkpoint(path, ('var',))
-    tokenizer = build_tokenizer(checkpoint, path)
-    try:
-        var = VAR(VARConfig(**checkpoint['var_config']))
-        var.load_state_dict(checkpoint['var'])
+    tokenizer, defaults = build_tokenizer(checkpoint, path), {}
+    with what_a_file_holds(f'{path}: its transformer does not fit its config'):
+        with torch.device('meta'):
+            var = VAR(VARConfig(**checkpoint['var_config']))
+        var.load_state_dict(as_float(checkpoint['var']), assign=True)
         var.check_tokenizer(tokenizer)
-        var.class_names, defaults = list(checkpoint['class_names']), dict(checkpoint['defaults'])
-    except MISFITS as error:
-        raise UserError(f'{path}: its transformer does not fit its config ({one_line(error)})') from None
+        var.class_names = list(checkpoint['class_names'])
+    for name, kind in SAMPLING.items():
+        with what_a_file_holds(f'{path}: its sampling default {name} will not do'):
+            defaults[name] = kind(str(checkpoint['defaults'][name]))
     check(len(var.class_names) == var.config.num_classes and all(isinstance(c, str) for c in var.class_names),
           f'{path}: names {len(var.class_names)} classes, but the transformer knows {var.config.num_classes}')
-    check(defaults.keys() == SAMPLING.keys(), f'{path}: needs sampling defaults for {", ".join(SAMPLING)}')
-    for name, value in defaults.items():
-        try:
-            SAMPLING[name](str(value))
-        except argparse.ArgumentTypeError as error:
-            raise UserError(f'{path}: its sampling default {name} {error}') from None
     return tokenizer.to(device), frozen(var.to(device), path), defaults
+
+
+RELEASED_URL = 'https://huggingface.co/FoundationVision/var/resolve/main'
+RELEASED = dict.fromkeys(['d16', 'd20', 'd24', 'd30'], VARConfig().scales)      # scales: files don't say them
+RELEASED |= dict(d36=(1, 2, 3, 4, 6, 9, 13, 18, 24, 32))
+
+
+def load_official(name: str, folder: str | None, device: str | torch.device) -> tuple[VQVAE, VAR, dict]:
+    """What `load` returns, of the authors' weights 'd16', ..., 'd36', which know classes by number.
+
+    They are taken from the folder, or without one from torch.hub's cache, where they are downloaded once.
+    """
+    models = []
+    for file, kind in (('vae_ch160v4096z32.pth', VQVAE), (f'var_{name}.pth', VAR)):
+        path, url = Path(folder or f'{torch.hub.get_dir()}/checkpoints', file), f'{RELEASED_URL}/{file}'
+        try:
+            if folder is None and not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, str(path))
+            weights = read_checkpoint(path, ('other',))
+        except TornError as error:
+            raise UserError(f'{error}; delete it and download it again') from None
+        except (OSError, http.client.HTTPException) as error:
+            raise UserError(f'{url}: cannot be downloaded ({one_line(error)}); try again, or download {file} '
+                            'yourself and name its folder with --weights-dir') from None
+        with what_a_file_holds(f'{path}: will not do'):
+            models.append(frozen(kind.from_official(weights, RELEASED[name]), path).to(device))
+    tokenizer, var = models
+    check(f'd{var.config.depth}' == name, f'{path}: has depth {var.config.depth}; say --official '
+          f'd{var.config.depth} and give the file the name it was released by')
+    with what_a_file_holds(f'{path}: does not go with that tokenizer'):
+        var.check_tokenizer(tokenizer)
+    var.class_names = [str(label) for label in range(var.config.num_classes)]
+    return tokenizer, var, dict(cfg=1.5, top_k=900, top_p=0.96)
 
 
 def save_model(path: Path, tokenizer: VQVAE, var: VAR, class_names: list[str], defaults: dict,
@@ -274,26 +401,34 @@ def save_model(path: Path, tokenizer: VQVAE, var: VAR, class_names: list[str], d
 
 
 # --------------------------------------------------------------------------------------------------- drawing
-def noise_of_images(seed: int, first: int, count: int, length: int) -> Tensor:
-    """noise_BL of images first, first + 1, ...: each row comes from (seed, number of the image) alone."""
-    rows = [np.random.Generator(np.random.Philox(key=[seed, first + i])).random(length, dtype=np.float32)
+def noise_of_images(seed: int, first: int, count: int, *shape: int) -> Tensor:
+    """Uniform in [0, 1), (count, *shape), for images first, first + 1, ...: each row comes from (seed, number
+    of the image) alone."""
+    rows = [np.random.Generator(np.random.Philox(key=[seed, first + i])).random(shape, dtype=np.float32)
             for i in range(count)]
     return torch.from_numpy(np.stack(rows))
 
 
 def draw(tokenizer: VQVAE, var: VAR, labels: list[int], seed: int, batch_size: int, dtype='float32',
-         **sampling):
-    """Yields (images, tokens_BL) batch by batch: (B, 3, H, W) in [-1, 1], one per label, on the CPU."""
+         firsts=None, smooth: bool = False, **sampling):
+    """Yields (images, tokens_BL) batch by batch: (B, 3, H, W) in [-1, 1], one per label, on the CPU.
+
+    firsts: the images that the batches to draw begin with; absent: all. sampling: options of `VAR.generate`.
+    """
     device = var.position.device
-    for first in range(0, len(labels), batch_size):
+    for first in range(0, len(labels), batch_size) if firsts is None else firsts:
         labels_B = torch.tensor(labels[first:first + batch_size], device=device)
-        noise_BL = noise_of_images(seed, first, len(labels_B), sum(var.config.lengths)).to(device)
+        shape = seed, first, len(labels_B), sum(var.config.lengths)
+        sampling['noise_BL'] = noise_of_images(*shape).to(device)
+        if smooth:
+            uniform = noise_of_images(*shape, var.config.vocab_size).clamp_min(2 ** -25)    # log(0) is -inf
+            sampling['gumbel_BLV'] = -(-uniform.log()).log().to(device)
         try:
             with autocast(device, dtype):
-                images, tokens_BL = var.generate(tokenizer, labels_B, noise_BL=noise_BL, return_tokens=True,
-                                                 **sampling)
+                images, tokens_BL = var.generate(tokenizer, labels_B, return_tokens=True, **sampling)
         except ValueError as error:
-            raise UserError(f'{error}; a lower --cfg or another checkpoint would do') from None
+            raise UserError(f'{error}; a lower --cfg, a higher --temperature or another checkpoint would '
+                            'do') from None
         yield images.cpu(), tokens_BL.cpu()
 
 
@@ -315,17 +450,19 @@ def grid(images: Tensor, columns: int) -> Image.Image:
     return Image.fromarray(sheet).resize((sheet.shape[1] * zoom, sheet.shape[0] * zoom), Image.NEAREST)
 
 
-def read_image(path: str | Path, size: int, random: np.random.Generator | None = None) -> np.ndarray:
+def read_image(path: str | Path, size: int, random: np.random.Generator | None = None,
+               shorter: int | None = None, ground: str = 'white') -> np.ndarray:
     """An image file as the released code crops it: uint8 (size, size, 3).
 
-    Its shorter side would become 1.125 * size, of which a square is cut: at random, or in the centre. One
-    resize of the box under that square gives the same pixels as resizing all of it, and a JPEG much larger
-    than needed is decoded at a half, a quarter or an eighth of its size. Errors are Pillow's.
+    Its shorter side would become `shorter` (absent: 1.125 * size), of which a square is cut: at random, or in
+    the centre. One resize of the box under that square gives the same pixels as resizing all of it, and a
+    JPEG much larger than needed is decoded at a half, a quarter or an eighth of its size. Errors: Pillow's.
+    ground: a colour, seen where the image is transparent.
     """
+    shorter = shorter or round(1.125 * size)
     with Image.open(path) as image:
-        shorter = round(1.125 * size)
         image.draft('RGB', (2 * shorter, 2 * shorter))    # twice: LANCZOS has the last word
-        image = image.convert('RGB')
+        image = as_seen(image, ground)
     w, h = image.size
     W, H = (shorter, int(shorter * h / w)) if w <= h else (int(shorter * w / h), shorter)
     if random is None:
@@ -336,110 +473,342 @@ def read_image(path: str | Path, size: int, random: np.random.Generator | None =
     return np.asarray(image.resize((size, size), Image.LANCZOS, box=box))
 
 
+def as_seen(image: Image.Image, ground: str) -> Image.Image:
+    """In RGB, as a viewer shows it: turned upright, 16 bits a pixel cut to 8, on a ground if transparent."""
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith('I'):
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    if image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, ground), image)
+    return image.convert('RGB')
+
+
 IMAGE_FORMATS = {'.png': 'PNG', '.jpg': 'JPEG'}
 
 
-def save_image(path: Path, image: Image.Image):
-    save_file(path, lambda file: image.save(file, format=IMAGE_FORMATS[path.suffix.lower()]))
+def save_image(path: Path, image: Image.Image, sync: bool = True, **options):
+    save_file(path, lambda file: image.save(file, IMAGE_FORMATS[path.suffix.lower()], **options), sync=sync)
 
 
-def save_npz(path: Path, images: np.ndarray, labels: list[int], class_names: list[str]):
-    """What evaluators and notebooks/judge.py read: uint8 (N, H, W, 3), labels (N), names of the classes."""
-    arrays = dict(arr_0=images, labels=np.array(labels), class_names=np.array(class_names))
-    save_file(path, lambda file: np.savez(file, **arrays))
+def save_npz(path: Path, images, labels: list[int], class_names: list[str]):
+    """What evaluators and notebooks/judge.py read: arr_0 uint8 (N, H, W, 3), labels (N), class_names.
+    images: an iterable of N arrays (H, W, 3), which need not be in memory together."""
+    def write(file):
+        header = dict(descr='|u1', fortran_order=False)
+        with zipfile.ZipFile(file, 'w') as archive:
+            with archive.open('arr_0.npy', 'w', force_zip64=True) as entry:
+                for i, image in enumerate(images):
+                    if i == 0:
+                        header['shape'] = (len(labels), *image.shape)
+                        np.lib.format.write_array_header_1_0(entry, header)
+                    entry.write(image.tobytes())
+            for name, values in dict(labels=labels, class_names=class_names).items():
+                with archive.open(f'{name}.npy', 'w') as entry:
+                    np.lib.format.write_array(entry, np.array(values))
+    save_file(path, write)
+
+
+# --------------------------------------------------------------------------------------------------- editing
+def read_photograph(said: str, path: str, side: int, ground='white') -> tuple[Tensor, tuple[int, int]]:
+    """The central square of an image of any kind, uint8 (3, side, side); the image's own (width, height)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
+                frames, found = getattr(image, 'n_frames', 1), image.size[::-1 if is_turned else 1]
+            pixels = read_image(path, side, shorter=side, ground=ground)
+    except Exception as error:                              # Pillow fails in many ways
+        raise UserError(f'{said}: cannot be read as an image ({one_line(error)})') from None
+    if rank() == 0 and frames > 1:
+        print(f'{path}: the first of its {frames} frames is taken')
+    return torch.tensor(pixels).permute(2, 0, 1).contiguous(), found
+
+
+def find_region(args: argparse.Namespace, config: VQVAEConfig, photo_size: tuple[int, int]) -> Tensor:
+    """bool (S, S): the pixels that --box or --mask, and --outpaint, ask to draw anew."""
+    S, latents = config.image_size, config.scales[-1]
+    if args.box:
+        said, region = f'--box {" ".join(map(str, args.box))}', torch.zeros(S, S, dtype=torch.bool)
+        y0, x0, y1, x1 = (round(edge * latents) * config.stride for edge in args.box)       # as released
+        region[y0:y1, x0:x1] = True
+        where = f'the image, rounded to its {latents}x{latents} latents'
+    else:
+        said, where = f'--mask {args.mask}', f'the central square, at {S}x{S}, by white (above 127 of 255)'
+        mask, size = read_photograph(said, args.mask, S, ground='black')        # white paint on nothing, too
+        check(size in (photo_size, (S, S)), f'{said}: is {size[0]}x{size[1]}, but the image is '
+              f'{photo_size[0]}x{photo_size[1]}; make it as large, or {S}x{S} for its central square')
+        region = mask.float().mean(0) > 127
+    check(region.any(), f'{said}: marks nothing of {where}; mark more')
+    check(not region.all(), f'{said}: marks all of {where}; leave some of it, or omit --image')
+    return ~region if args.outpaint else region
+
+
+class Edit:
+    """What --image and the flags beside it ask for.
+
+    photo: uint8 (3, S, S). kept_1L: as kept_BL of `VAR.generate`. region: bool (S, S), pixels that are drawn
+    anew. opacity: float (S, S), of what is drawn over the photo. preview: uint8 (3, S, S), what is kept.
+    """
+
+    def __init__(self, args: argparse.Namespace, tokenizer: VQVAE):
+        K, k, S = len(tokenizer.config.scales), args.keep_scales or 0, tokenizer.config.image_size
+        check(k < K, f'--keep-scales {k}: of {K} scales, {K - 1} can be kept at most')
+        self.photo, size = read_photograph(f'--image {args.image}', args.image, S)
+        tokens_1L = tokenizer.encode(self.photo[None].to(tokenizer.codebook.weight.device) / 127.5 - 1)
+        self.region = self.opacity = torch.ones(S, S, dtype=torch.bool)
+        if args.box or args.mask:
+            self.region = find_region(args, tokenizer.config, size)
+            self.preview = self.photo.masked_fill(self.region, 255)
+        else:
+            partial = tokenizer.f_hats(tokens_1L)[k - 1]            # without a region, some scales are kept
+            self.preview = to_uint8(tokenizer.decode_f_hat(partial))[0].cpu()
+        self.kept_1L = tokenizer.keep(tokens_1L, ~self.region[None].to(tokens_1L.device))
+        count = sum(tokenizer.scale_lengths[:k])
+        self.kept_1L[:, :count] = tokens_1L[:, :count]
+        if args.paste:                      # what is drawn fades out within half a latent around the region:
+            feather = max(1, tokenizer.config.stride // 4)          # wider by a quarter, smoothed by another
+            window = dict(kernel_size=2 * feather + 1, stride=1, padding=feather)
+            wider_1HW = F.max_pool2d(self.region[None].float(), **window)
+            self.opacity = F.avg_pool2d(wider_1HW, **window, count_include_pad=False)
+        if rank() == 0:
+            cut = f', of whose {size[0]}x{size[1]} the central square is taken' if size != (S, S) else ''
+            print(f'{(self.kept_1L >= 0).sum()} of {tokens_1L.shape[1]} tokens are kept of {args.image}{cut}')
+
+    def finish(self, images_B3HW: Tensor) -> Tensor:
+        """Drawn images, uint8, with the photo's own pixels where --paste puts them back."""
+        return (self.photo + (images_B3HW - self.photo.float()) * self.opacity).round().to(torch.uint8)
+
+
+# --------------------------------------------------------------------------------------------------- exports
+class Folder:
+    """PNGs for --png-dir, or to become --npz, written by the processes that draw them, as they are drawn.
+
+    Until all are there, made.txt says how they are made: so after a stop the same command goes on, and never
+    with images of another kind. (In batches of the same size, because rounding may differ in others.)
+    """
+
+    def __init__(self, args: argparse.Namespace, count: int):
+        self.npz, self.png_dir, self.batch_size = args.npz, args.png_dir, args.batch_size
+        self.path = Path(args.png_dir or f'{args.npz}.parts')
+        self.images, self.note = [self.path / f'{i:06}.png' for i in range(count)], self.path / 'made.txt'
+
+    def begin(self, made: dict) -> list[int]:
+        """Which batches are lacking, by their first images. made: all that the images depend on."""
+        flag, said = ('--png-dir', '') if self.png_dir else ('--npz', f'{self.npz}: ')
+        said = f'{flag} {said}{self.path}'
+        prepare_folder(self.path, flag)
+        lines = [f'{name} {value}' for name, value in made.items()]
+        if found := {path for path in self.path.iterdir() if path.suffix != '.tmp'}:
+            check(self.note in found, f'{said}: holds a finished export, or other files; empty it or choose '
+                  'another')
+            was, others = self.note.read_text().splitlines(), found - {self.note, *self.images}
+            differing = [name for name, line in zip(made, lines) if line not in was]
+            differing += sorted(path.name for path in others)
+            check(not differing, f'{said}: begun with another {", ".join(differing[:5])}; repeat the command '
+                  'that began it, empty it or choose another')
+        save_file(self.note, lambda file: file.write('\n'.join(lines).encode()))
+        return [first for first in range(0, len(self.images), self.batch_size)
+                if not all(map(is_whole, self.images[first:first + self.batch_size]))]
+
+    def write(self, first: int, images: np.ndarray):
+        """A batch, uint8 (B, H, W, 3). No image waits for the disk."""
+        for path, image in zip(self.images[first:], images):
+            save_image(path, Image.fromarray(image), sync=False, compress_level=1)
+
+    def finish(self, labels: list[int], class_names: list[str]):
+        if self.npz:
+            images = (np.asarray(Image.open(path)) for path in self.images)
+            save_npz(Path(self.npz), images, labels, class_names)
+        self.note.unlink()
+        if not self.png_dir:
+            shutil.rmtree(self.path)
+
+
+def fingerprint(tensors: list[Tensor]) -> int:
+    return functools.reduce(lambda crc, tensor: zlib.crc32(tensor.cpu().numpy(), crc), tensors, 0)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether it ends as a PNG does: a power cut may tear what was written last."""
+    try:
+        with open(path, 'rb') as file:
+            file.seek(-8, os.SEEK_END)
+            return file.read(4) == b'IEND'
+    except OSError:                                         # not there, or shorter
+        return False
 
 
 # ---------------------------------------------------------------------------------------------- command line
-def parse_label(text: str, class_names: list[str]) -> int:
-    """A class by its number or its name, in any case."""
-    names = [name.lower() for name in class_names]
-    if text.lower() in names:
-        return names.index(text.lower())
-    check(text.isdecimal() and int(text) < len(names), f'--labels {text}: no such class; there are '
-          f"0 to {len(names) - 1}: {', '.join(class_names[:12])}{', ...' if len(names) > 12 else ''}"
-          f'{did_you_mean(text.lower(), names)}')
-    return int(text)
+LONG_SEED = number(int, 'in [0, 2^63)', lambda n: 0 <= n < 2 ** 63)
+FLAGS = {                               # name, type, default, help
+    'what to draw': [
+        ('official', list(RELEASED), None, "the authors' weights instead of a checkpoint, downloaded once"),
+        ('weights_dir', str, None, 'folder with those weights, by the names they were released by'),
+        ('labels', tuple[str, ...], None, 'classes by number or name, or null; absent: all; for edits null'),
+        ('count', COUNT, None, 'images in all, labels go round; absent: one per label, 100 at most'),
+        ('seed', LONG_SEED, 0, 'of the noise of all images [0]')],
+    'how to draw it': [
+        ('cfg', STRENGTH, None, "guidance at the last scale; absent: the checkpoint's"),
+        ('top_k', ANY_COUNT, None, "keep the k likeliest tokens, 0 all; absent: the checkpoint's"),
+        ('top_p', SHARE, None, "keep the likeliest up to this mass, 0 or 1 all; absent: the checkpoint's"),
+        ('temperature', POSITIVE, 1.0, 'divides the logits [1]'),
+        ('smooth', bool, False, 'mix codes, as the released more_smooth does: for looks, not for evaluators'),
+        ('batch_size', COUNT, 50, 'images that a process takes at once [50]'),
+        ('device', str, 'auto', 'auto (a GPU where there is one), cpu, cuda, ...'),
+        ('dtype', ['auto', 'float32', 'bfloat16'], 'auto', 'auto: bfloat16 on a GPU, else float32')],
+    'edit a photograph': [
+        ('image', str, None, 'the photograph; its central square is taken'),
+        ('box', tuple[SHARE, SHARE, SHARE, SHARE], None, 'a part of that square: Y0 X0 Y1 X1, in fractions, '
+         'rounded to latents'),
+        ('mask', str, None, 'or an image as large as the photograph, white in the part that is meant'),
+        ('inpaint', bool, False, 'draw that part anew (what is done without --outpaint, too)'),
+        ('outpaint', bool, False, 'draw all but that part anew'),
+        ('keep_scales', COUNT, None, 'keep all of its first k scales, beside what else is kept'),
+        ('paste', bool, False, "put the photograph's own pixels back outside of what is drawn anew"),
+        ('compare', str, None, 'an image to write: the photograph, what is kept of it, and the results')],
+    'write': [
+        ('out', str, None, 'the image to write; absent: samples.png, if nothing else is written'),
+        ('show_scales', bool, False, 'in it, one row per image, scale by scale'),
+        ('npz', str, None, 'write arr_0 (N, H, W, 3) uint8, labels (N; null: one more), class_names here'),
+        ('png_dir', str, None, 'write 000000.png, 000001.png, ... here; goes on after a stop, like --npz'),
+        ('export', str, None, 'write the model here in bfloat16, sampling flags as defaults')]}
+NEEDS = dict(weights_dir='official', box='image', mask='image', keep_scales='image', compare='image',
+             inpaint='box mask', outpaint='box mask', paste='box mask', image='box mask keep_scales',
+             show_scales='out')
+ENDINGS = dict(out=tuple(IMAGE_FORMATS), compare=tuple(IMAGE_FORMATS), npz=('.npz',), export=('.pt',))
+EXCLUDE = [('box', 'mask'), ('inpaint', 'outpaint'), ('smooth', 'show_scales'), ('paste', 'show_scales'),
+           ('compare', 'show_scales')]
+
+
+def add_flag(group, name: str, kind, default, help: str):
+    """kind: bool, a list of choices, or the type of an argument, of which tuple[int, ...] takes several,
+    tuple[int, int] two, and int | None one."""
+    options = dict(default=default, help=help.replace('%', '%%'))
+    if kind is bool:
+        options |= dict(action=argparse.BooleanOptionalAction)
+    elif isinstance(kind, list):
+        options |= dict(choices=kind)
+    else:
+        kinds = typing.get_args(kind) or [kind]
+        if typing.get_origin(kind) is tuple:
+            options |= dict(nargs='+' if ... in kinds else len(kinds))
+        options |= dict(type=kinds[0], metavar=kinds[0].__name__.upper())
+    group.add_argument(flag(name), **options)
 
 
 def build_parser() -> Parser:
     parser = Parser(prog='sample.py', description=__doc__)
-    parser.add_argument('checkpoint', help='a var.pt that train.py wrote')
-    parser.add_argument('--labels', nargs='+', help='classes by number or name; absent: every class')
-    parser.add_argument('--count', type=COUNT, help='images in all, labels go round; absent: one per label')
-    parser.add_argument('--cfg', type=STRENGTH, help="guidance at the last scale; absent: the checkpoint's")
-    parser.add_argument('--top-k', type=ANY_COUNT, help="keep the k likeliest tokens, 0 all; likewise")
-    parser.add_argument('--top-p', type=SHARE, help='keep the likeliest up to this mass, 0 or 1 all')
-    parser.add_argument('--seed', type=number(int, 'in [0, 2^63)', lambda n: 0 <= n < 2 ** 63), default=0)
-    parser.add_argument('--out', help='the image to write; absent: samples.png, if nothing else is written')
-    parser.add_argument('--npz', help='write arr_0 (N, H, W, 3) uint8, labels (N), class_names to this file')
-    parser.add_argument('--png-dir', help='write 000000.png, 000001.png, ... to this empty folder')
-    parser.add_argument('--export', help='write the model here in bfloat16, sampling flags as defaults')
-    parser.add_argument('--show-scales', action='store_true', help='one row per image, scale by scale')
-    parser.add_argument('--batch-size', type=COUNT, default=50)
-    parser.add_argument('--device', default='auto')
-    parser.add_argument('--dtype', choices=['float32', 'bfloat16'], default='float32')
+    parser.add_argument('checkpoint', nargs='?', help='a var.pt that train.py wrote')
+    for title, rows in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for row in rows:
+            add_flag(group, *row)
     return parser
 
 
+def parse_label(text: str, class_names: list[str]) -> int:
+    """A class by its number or its name, in any case; 'null' is none."""
+    names = [*(name.lower() for name in class_names), 'null']
+    if text.lower() in names:
+        return names.index(text.lower())
+    check(text.isdecimal() and int(text) < len(class_names), f'--labels {text}: no such class; there are '
+          f"0 to {len(class_names) - 1}: {', '.join(class_names[:12])}{', ...' * (len(class_names) > 12)}"
+          f'{did_you_mean(text.lower(), names)}')
+    return int(text)
+
+
 def check_flags(args: argparse.Namespace):
-    if not (args.out or args.npz or args.png_dir or args.export):
+    if not (args.out or args.npz or args.png_dir or args.compare or args.export and not args.image):
         args.out = 'samples.png'
-    for name, path, endings in [('--out', args.out, tuple(IMAGE_FORMATS)), ('--npz', args.npz, ('.npz',)),
-                                ('--export', args.export, ('.pt',))]:
-        if path is not None:
-            check(path.lower().endswith(endings), f"{name} {path}: must end in {' or '.join(endings)}")
-            prepare_folder(Path(path).parent, name)
-    if args.png_dir is not None:
-        prepare_folder(Path(args.png_dir), '--png-dir')
-        is_shared = os.listdir(Path(args.png_dir)) or args.out and Path(args.out).parent == Path(args.png_dir)
-        check(not is_shared, f'--png-dir {args.png_dir}: not empty, or --out would lie there; an evaluator '
-              'reads all that is there, so empty it or choose another')
-    if args.export and Path(args.export).exists() and Path(args.checkpoint).exists():
-        check(not os.path.samefile(args.export, args.checkpoint), f'--export {args.export}: is the '
-              'checkpoint itself, which would lose its precision; choose another')
+    given = {name: value for name, value in vars(args).items() if value is not None and value is not False}
+    check(len(given.keys() & {'checkpoint', 'official'}) == 1, 'name a checkpoint (before --labels), or '
+          "--official d16 for the authors' weights")
+    check(world_size() == 1 or given.keys() & {'npz', 'png_dir'}, 'many processes: need --npz or --png-dir')
+    for name, others in NEEDS.items():
+        others = others.split()
+        check(name not in given or bool(given.keys() & others),
+              f'{flag(name)}: needs {" or ".join(map(flag, others))}')
+    for pair in EXCLUDE:
+        check(not given.keys() >= {*pair}, f'{", ".join(map(flag, pair))}: say one or the other')
+    y0, x0, y1, x1 = args.box or (0, 0, 1, 1)
+    check(y0 < y1 and x0 < x1, f'--box {y0} {x0} {y1} {x1}: must go from the upper left to the lower right')
+    for name in given.keys() & ENDINGS:
+        said, path = f'{flag(name)} {given[name]}', Path(given[name]).resolve()
+        check(path.suffix.lower() in ENDINGS[name], f"{said}: must end in {' or '.join(ENDINGS[name])}")
+        check(not path.is_dir(), f'{said}: is a folder; choose another')
+        for other in given.keys() & {'checkpoint', 'image', 'mask', *ENDINGS} - {name}:
+            check(path != Path(given[other]).resolve(), f'{said}: is the {other} itself; choose another')
+        check(name == 'npz' or world_size() == 1, f'{said}: goes with one process alone')
+        check('png_dir' not in given or path.parent != Path(given['png_dir']).resolve(), f'{said}: would lie '
+              'in --png-dir, of which an evaluator reads all; choose another')
+        prepare_folder(path.parent, flag(name))
+
+
+def save_sheets(args: argparse.Namespace, images: Tensor, edit: Edit | None, classes: int, K: int):
+    """The images for people to look at: --out, and --compare."""
+    if args.compare:
+        panels = torch.cat([edit.photo[None], edit.preview[None], images])
+        save_image(Path(args.compare), grid(panels, min(len(panels), 12)))
+    if args.out:
+        columns = 10 if edit else classes if 1 < classes <= 20 else math.ceil(math.sqrt(len(images)))
+        save_image(Path(args.out), grid(images, K if args.show_scales else min(columns, len(images))))
 
 
 @torch.no_grad()
 def main(argv: list[str]):
-    args = build_parser().parse_args(argv)
-    check_flags(args)
-    tokenizer, var, sampling = load(args.checkpoint, choose_device(args.device))
-    flags = dict(cfg=args.cfg, top_k=args.top_k, top_p=args.top_p)
-    sampling |= {name: value for name, value in flags.items() if value is not None}
+    start_processes()
+    with rank_0_first():                                        # who also downloads for all
+        args = build_parser().parse_args(argv)
+        check_flags(args)
+        device = choose_device(args.device)
+        tokenizer, var, sampling = (load_official(args.official, args.weights_dir, device) if args.official
+                                    else load(args.checkpoint, device))
+        sampling |= {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+        classes = ([parse_label(text, var.class_names) for text in args.labels] if args.labels else
+                   [var.config.num_classes] if args.image else [*range(var.config.num_classes)])
+        labels = [classes[i % len(classes)] for i in range(args.count or min(100, len(classes)))]
+        how = {name: getattr(args, name) for name in ('seed', 'batch_size', 'smooth', 'temperature')}
+        how |= sampling | dict(dtype=choose_dtype(device, args.dtype))
+        edit = Edit(args, tokenizer) if args.image else None
+        folder = Folder(args, len(labels)) if args.npz or args.png_dir else None
+        firsts = [*range(0, len(labels), args.batch_size)]      # the first images of the batches to draw
+        if folder and rank() == 0:
+            weights = [*tokenizer.state_dict().values(), *var.state_dict().values()]
+            parts = dict(labels=[torch.tensor(labels)], weights=weights)
+            parts |= dict(photograph=[edit.photo], region=[edit.region]) if edit else {}
+            made = how | dict(count=len(labels), keep_scales=args.keep_scales, paste=args.paste)
+            lacking = folder.begin(made | {name: fingerprint(tensors) for name, tensors in parts.items()})
+            firsts = firsts if args.out or args.compare else lacking        # a sheet needs them all
     if args.export:
-        save_model(Path(args.export), tokenizer, var, var.class_names, sampling, torch.bfloat16)
+        defaults = {name: sampling[name] for name in SAMPLING}
+        save_model(Path(args.export), tokenizer, var, var.class_names, defaults, torch.bfloat16)
         print(f'{args.export}: {Path(args.export).stat().st_size / 2 ** 20:.1f} MiB')
-        if not (args.out or args.npz or args.png_dir):
-            return
-    classes = range(var.config.num_classes)
-    if args.labels:
-        classes = [parse_label(text, var.class_names) for text in args.labels]
-    labels = [classes[i % len(classes)] for i in range(args.count or len(classes))]
 
-    batches = draw(tokenizer, var, labels, args.seed, args.batch_size, args.dtype, **sampling)
-    size, strips = tokenizer.config.image_size, []
-    images = np.empty((len(labels), size, size, 3), np.uint8)
-    with tqdm(total=len(labels), unit='image', disable=len(labels) <= args.batch_size) as bar:
-        for images_B3HW, tokens_BL in batches:
-            images[bar.n:bar.n + len(tokens_BL)] = to_uint8(images_B3HW).permute(0, 2, 3, 1)
-            if args.show_scales:
-                f_hats = tokenizer.f_hats(tokens_BL.to(var.position.device))
-                steps = [to_uint8(tokenizer.decode_f_hat(f_hat)).cpu() for f_hat in f_hats]
-                strips += torch.stack(steps, dim=1).flatten(0, 1)
-            bar.update(len(tokens_BL))
-    if args.npz:
-        save_npz(Path(args.npz), images, labels, var.class_names)
-        print(f'{args.npz}: {len(labels)} images')
-    if args.png_dir:
-        for i, image in enumerate(images):
-            save_image(Path(args.png_dir, f'{i:06}.png'), Image.fromarray(image))
-        print(f'{args.png_dir}: {len(labels)} images')
-    if args.out:
-        columns = len(classes) if 1 < len(classes) <= 20 else math.ceil(math.sqrt(len(labels)))
-        columns = len(tokenizer.config.scales) if args.show_scales else min(columns, len(labels))
-        images = torch.stack(strips) if strips else torch.from_numpy(images).permute(0, 3, 1, 2)
-        save_image(Path(args.out), grid(images, columns))
-        print(f'{args.out}: {len(labels)} images')
+    firsts = from_rank_0(firsts if folder or args.out or args.compare else [])[rank()::world_size()]
+    batches = draw(tokenizer, var, labels, firsts=firsts, kept_BL=edit and edit.kept_1L, **how)
+    bar, shown = tqdm(firsts, unit='batch', disable=rank() > 0 or len(firsts) < 2), []
+    for first, (images, tokens_BL) in zip(bar, batches):
+        images = edit.finish(to_uint8(images)) if edit else to_uint8(images)
+        if folder:
+            folder.write(first, images.permute(0, 2, 3, 1).numpy())
+        if args.show_scales:
+            f_hats = tokenizer.f_hats(tokens_BL.to(device))
+            steps = [to_uint8(tokenizer.decode_f_hat(f_hat)).cpu() for f_hat in f_hats]
+            images = torch.stack(steps, dim=1).flatten(0, 1)
+        if args.out or args.compare:
+            shown.append(images)
+    wait_for_all()                                              # until they have written theirs
+    if rank() == 0:
+        if folder:
+            folder.finish(labels, var.class_names)
+        if shown:
+            save_sheets(args, torch.cat(shown), edit, len(classes), len(var.config.scales))
+        for path in filter(None, (args.npz, args.png_dir, args.compare, args.out)):
+            print(f'{path}: {len(labels)} images')
+    if dist.is_initialized():
+        leave(0)
 
 
 if __name__ == '__main__':

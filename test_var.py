@@ -439,6 +439,32 @@ def test_the_authors_weights_give_the_authors_numbers(case, device, monkeypatch)
 
 
 @pytest.mark.parametrize('case', PARITY)
+@pytest.mark.parametrize('edit', ['inpaint', 'outpaint', 'smooth'])
+@torch.no_grad()
+def test_an_edit_of_an_image_is_the_authors_demos(case, edit):
+    """Tokens equal, images to 1e-4; smooth: their more_smooth in-painting, from Gumbel noise made here."""
+    tokenizer, var, images, _ = released(case)
+    expected = PARITY[case]['edit'][edit]
+    H, V = var.config.scales[-1], var.config.vocab_size
+    y0, x0, y1, x1 = (round(edge * H) for edge in expected['box_y0_x0_y1_x1'])
+    keep_BHW = torch.full((2, H, H), edit != 'outpaint')
+    keep_BHW[:, y0:y1, x0:x1] ^= True
+    kept_BL = tokenizer.keep(tokenizer.encode(images), keep_BHW)
+    r = np.random.RandomState(zlib.crc32(b'gumbel')).gumbel(size=(2, sum(var.config.lengths), V))
+    drawn, tokens_BL = var.generate(
+        tokenizer, torch.tensor(expected['labels']), expected['cfg'], expected.get('top_k', 1),
+        expected.get('top_p', 0.0), kept_BL=kept_BL, return_tokens=True,
+        gumbel_BLV=torch.tensor(r, dtype=torch.float32) if edit == 'smooth' else None)
+    drawn = drawn / 2 + 0.5
+    if edit != 'smooth':
+        assert tokens_BL.tolist() == expected['tokens']
+    middle = drawn.shape[-1] // 2
+    for ours, name in [(drawn.mean((1, 2, 3)), 'image_mean'), (drawn[0, :, 9, 11], 'pixel_0_r9_c11'),
+                       (drawn[1, :, middle, middle], 'pixel_1_centre'), (drawn[0, 0, middle, ::4], 'row_0')]:
+        torch.testing.assert_close(ours, torch.tensor(expected[name]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize('case', PARITY)
 def test_a_training_step_is_the_released_trainers(case):
     """Loss, gradients, their norm before clipping, and weights after a step of AdamW; nothing dropped."""
     tokenizer, var, images, _ = released(case)
@@ -1190,22 +1216,6 @@ WRONG_FLAGS = """
     train.py --preset cifar10 --data-dir nowhere    | nowhere; no such folder
     train.py --preset cifar10 --image-size 64 --scales 1 16   | --image-size 64; 32
     train.py --seed 3000000000                      | --seed 3000000000; in [0, 2^31)
-    sample.py RUN/var.pt --labels 10                | --labels 10; 0 to 9; heart
-    sample.py RUN/var.pt --labels hart              | --labels hart; did you mean heart?
-    sample.py RUN/var.pt --cfg -1                   | --cfg -1; 0 or more
-    sample.py RUN/var.pt --cfg 1e39                 | logits of scale 2x2 are not finite, at cfg=1e+39; --cfg
-    sample.py RUN/var.pt --top-p 1.01               | --top-p 1.01; in [0, 1]
-    sample.py RUN/var.pt --seed -1                  | --seed -1
-    sample.py RUN/var.pt --out image.xyz            | --out image.xyz; .png
-    sample.py RUN/var.pt --out RUN/var.csv/a.png    | cannot be written; --out
-    sample.py RUN/var.pt --npz samples              | --npz samples; .npz
-    sample.py RUN/var.pt --export small             | --export small; .pt
-    sample.py RUN/var.pt --export RUN/var.pt        | --export; is the checkpoint itself
-    sample.py RUN/last.pt --export small.pt         | last.pt; kind 'resume'; 'var'
-    sample.py RUN/var.csv --export small.pt         | var.csv; no checkpoint at all
-    sample.py RUN/var.pt --png-dir RUN              | --png-dir; not empty
-    sample.py RUN/var.pt --png-dir a --out a/b.png  | --png-dir a; --out would lie there
-    sample.py RUN/var.pt --png-dir RUN/var.csv      | --png-dir; cannot be written
 """
 
 
@@ -1235,20 +1245,21 @@ class Bomb:
         return os.mkdir, (self.path,)
 
 
+UNFIT, DEFAULT = 'its transformer does not fit its config', 'its sampling default '
 DAMAGES = [                     # what is done to a good var.pt, and what is said of it
-    (lambda c: c['var_config'].update(depth=2), 'its transformer does not fit its config'),
-    (lambda c: c['var_config'].update(scales=(1, 'x')), 'its transformer does not fit its config'),
+    (lambda c: c['var_config'].update(depth=2), UNFIT),
+    (lambda c: c['var_config'].update(scales=(1, 'x')), UNFIT),
     (lambda c: c['vqvae_config'].update(channels=64), 'its tokenizer does not fit its config'),
-    (lambda c: c.pop('var'), 'its transformer does not fit its config'),
+    (lambda c: c.pop('var'), UNFIT),
     (lambda c: c['var']['head.bias'].fill_(math.nan), 'its head.bias is not finite'),
     (lambda c: c['vqvae']['codebook.weight'].fill_(math.inf), 'its codebook.weight is not finite'),
     (lambda c: c['class_names'].pop(), 'names 9 classes, but the transformer knows 10'),
     (lambda c: c.update(class_names=list(range(10))), 'names 10 classes'),
-    (lambda c: c['defaults'].update(cfg='much'), 'its sampling default cfg much: must be 0 or more'),
-    (lambda c: c['defaults'].update(top_p=2.0), 'its sampling default top_p 2.0: must be in [0, 1]'),
-    (lambda c: c['defaults'].update(top_k=9.5), 'its sampling default top_k 9.5: must be 0 or more'),
-    (lambda c: c.update(defaults=dict(cfg=1.0)), 'needs sampling defaults for cfg, top_k, top_p'),
-    (lambda c: c.update(defaults=3), 'its transformer does not fit its config')]
+    (lambda c: c['defaults'].update(cfg='much'), DEFAULT + 'cfg will not do (much: must be 0 or more)'),
+    (lambda c: c['defaults'].update(top_p=2.0), DEFAULT + 'top_p will not do (2.0: must be in [0, 1])'),
+    (lambda c: c['defaults'].update(top_k=9.5), DEFAULT + 'top_k will not do (9.5: must be 0 or more)'),
+    (lambda c: c.update(defaults=dict(cfg=1.0)), DEFAULT + 'top_k will not do'),
+    (lambda c: c.update(defaults=3), DEFAULT + 'cfg will not do')]
 
 
 @pytest.mark.parametrize('damage, words', DAMAGES)
@@ -1320,12 +1331,11 @@ def test_a_save_of_another_kind_is_refused_and_left_alone(damage, tiny_run, tmp_
 
 
 def test_a_folder_that_will_not_do_is_named(tmp_path, capsys, monkeypatch):
-    write_images(tmp_path / 'one', 20, classes=['cat'])
     (tmp_path / 'none/train/cat').mkdir(parents=True)
     broken = write_images(tmp_path / 'broken', 60)
     for i in range(0, 60, 3):
         (broken / f'train/bird/{i:04d}.png').write_bytes(b'')
-    for name, words in dict(one='one class only, cat', none='no images', gone='no such folder',
+    for name, words in dict(none='no images', gone='no such folder',
                             broken='images are broken, more than 1%').items():
         arguments = [*TINY.split(), '--data-dir', tmp_path / name, '--out', tmp_path / 'run']
         error = complaint(train.main, arguments, capsys, monkeypatch, ignore='broken, left out')
@@ -1381,29 +1391,7 @@ def test_a_full_disk_or_a_loss_that_explodes_leaves_the_last_save(tiny_run, tmp_
     assert (resume(out, '--var-lr 1e-3') / 'var.pt').exists()                           # as the message says
 
 
-# ------------------------------------------------------------------------------------- exports and README
-def test_an_export_is_half_as_large_and_draws_at_its_own_defaults(tiny_run, tmp_path, capsys):
-    sample.main([f'{tiny_run}/var.pt', '--export', f'{tmp_path}/small.pt', '--cfg', '3', '--top-k', '7'])
-    assert {path.name for path in tmp_path.iterdir()} == {'small.pt'}       # no images unless asked for
-    assert (tmp_path / 'small.pt').stat().st_size < 0.6 * (tiny_run / 'var.pt').stat().st_size
-    tokenizer, var, defaults = sample.load(tmp_path / 'small.pt')
-    assert defaults == dict(cfg=3.0, top_k=7, top_p=0.8) and var.class_names == list(train.FIGURES)
-    for small, model in zip((tokenizer, var), sample.load(tiny_run / 'var.pt')):
-        for name, weight in model.state_dict().items():
-            assert small.state_dict()[name].dtype == torch.float32
-            assert torch.equal(small.state_dict()[name], weight.bfloat16().float())
-
-
-def test_pngs_and_npz_hold_the_same_images_and_npz_the_names_of_the_classes(tiny_run, tmp_path):
-    sample.main(f'{tiny_run}/var.pt --count 12 --npz {tmp_path}/a.npz --png-dir {tmp_path}/a'.split())
-    arrays = np.load(tmp_path / 'a.npz')
-    assert arrays['class_names'].tolist() == list(train.FIGURES)
-    files = sorted((tmp_path / 'a').iterdir())
-    assert [path.name for path in files] == [f'{i:06}.png' for i in range(12)]
-    for path, image in zip(files, arrays['arr_0']):
-        assert np.array_equal(np.asarray(Image.open(path)), image)
-
-
+# ---------------------------------------------------------------------------------------------- README
 README = (HERE / 'README.md').read_text()
 COMMANDS = [line for block in re.findall(r'```bash\n(.*?)```', README, re.S) for line in block.splitlines()]
 

@@ -36,7 +36,6 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,7 +49,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import sample
-from sample import ANY_COUNT, COUNT, SAMPLING, SHARE, STRENGTH, UserError, autocast, check, number, one_line
+from sample import (ANY_COUNT, COUNT, POSITIVE, SAMPLING, SHARE, STRENGTH, UserError, add_flag, all_sum,
+                    autocast, check, leave, number, one_line, rank, rank_0_first, start_processes, world_size)
 from var import VAR, VARConfig
 from vqvae import VQVAE, Discriminator, VQVAEConfig
 
@@ -85,53 +85,6 @@ RECIPES = {         # of the released transformers, from this depth on; micro_ba
 
 
 # ------------------------------------------------------------------------------------------- many processes
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def start_processes():
-    """Under torchrun, joins the other processes. Each has all weights, and its share of each batch."""
-    if 'TORCHELASTIC_RUN_ID' in os.environ:
-        backend = 'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo'
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
-
-
-def leave(status: int):
-    """Ends all together, when rank 0 has written everything: torchrun kills those that stay behind. And at
-    once, since a thread of gloo that outlives the interpreter would now and then abort the process."""
-    if dist.is_initialized():
-        all_sum(torch.zeros(()))
-        dist.destroy_process_group()
-        sys.stdout.flush()
-        os._exit(status)
-    sys.exit(status)
-
-
-@contextmanager
-def rank_0_first():
-    """For what would fail in all processes alike: rank 0 tries it first, and is the one that complains."""
-    failed = torch.tensor(float(rank() == 0))
-    if rank() > 0 and all_sum(failed):
-        os._exit(2)
-    try:
-        yield
-        failed.zero_()
-    finally:
-        if rank() == 0:
-            all_sum(failed)
-
-
-def all_sum(tensor: Tensor) -> Tensor:
-    """The sum over all processes, in place, the same to the bit in each."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
 def share_of(batch: Tensor) -> Tensor:
     """This process's part of what was made for the whole batch."""
     return batch.chunk(world_size())[rank()]
@@ -344,8 +297,6 @@ class FolderData(Data):
         val, random = find_images(folder / 'val'), np.random.default_rng(args.seed)
         check(len(train) > 0, f'--data-dir {folder}: no images in train/<class>/ ({" ".join(IMAGE_ENDINGS)})')
         self.class_names = sorted({class_name for _, class_name in train + val})
-        check(len(self.class_names) > 1, f'--data-dir {folder}: has one class only, {self.class_names[0]}; '
-              'needs two or more folders of images')
         if unlearned := set(self.class_names) - {class_name for _, class_name in train}:
             say(f'note: {len(unlearned)} of the classes in val/ have no images in train/')
         if not val:
@@ -818,7 +769,8 @@ class Stage:
         """Puts back what was saved, if it was in this stage."""
         saved, self.run.saved = self.run.saved, None        # as large as model and optimizer together
         if saved and saved['stage'] == self.name:
-            try:
+            said = f'{self.run.out}/last.pt: not what this train.py saves; start anew in another --out'
+            with sample.what_a_file_holds(said):
                 for name, network in self.networks.items():
                     unwrapped(network).load_state_dict(saved['weights'][name])
                     self.optimizers[name].load_state_dict(saved['optimizers'][name])
@@ -826,9 +778,6 @@ class Stage:
                     tensor.copy_(saved['state'][name])
                 for name in COUNTERS:
                     setattr(self, name, type(getattr(self, name))(saved[name]))
-            except sample.MISFITS as error:
-                raise UserError(f'{self.run.out}/last.pt: not what this train.py saves ({one_line(error)}); '
-                                'start anew in another --out') from None
 
 
 # -------------------------------------------------------------------------------------- the folder of a run
@@ -894,7 +843,6 @@ def signals_noted():
 
 
 # ---------------------------------------------------------------------------------------------- command line
-POSITIVE = number(float, 'above 0', lambda x: 0 < x < math.inf)
 PART = number(float, 'in (0, 1)', lambda x: 0 < x < 1)
 SEED = number(int, 'in [0, 2^31)', lambda n: 0 <= n < 2 ** 31)
 SIXTEENS = number(int, 'a multiple of 16', lambda n: n >= 16 and n % 16 == 0)     # groups of its norms
@@ -965,16 +913,7 @@ def build_parser() -> sample.Parser:
                 row = row, hints[row].__origin__, defaults[row], hints[row].__metadata__[0]
             name, kind, default, help = row
             presets = [f'; {preset}: {values[name]}' for preset, values in PRESETS.items() if name in values]
-            options = dict(default=default, help=f'{help} [{default}{"".join(presets)}]'.replace('%', '%%'))
-            if kind is bool:
-                options |= dict(action=argparse.BooleanOptionalAction)
-            elif isinstance(kind, list):
-                options |= dict(choices=kind)
-            else:                                       # also float | None, tuple[int, ...]
-                options |= dict(nargs='+') if typing.get_origin(kind) is tuple else {}
-                kind = (typing.get_args(kind) or [kind])[0]
-                options |= dict(type=kind, metavar=kind.__name__.upper())
-            group.add_argument(sample.flag(name), **options)
+            add_flag(group, name, kind, default, f'{help} [{default}{"".join(presets)}]')
     return parser
 
 
@@ -1026,10 +965,7 @@ def main(argv: list[str]):
         stages = ['vqvae', 'var'] if args.stage == 'both' else [args.stage]
         if saved and saved['stage'] == 'var':                   # stage 1 is done
             stages = ['var']
-        out, name = Path(args.out or f'out/{args.preset}'), args.device
-        if dist.is_initialized() and torch.cuda.is_available() and name in ('auto', 'cuda'):
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
-        device = sample.choose_device(name)
+        out, device = Path(args.out or f'out/{args.preset}'), sample.choose_device(args.device)
         torch.manual_seed(args.seed)
         check(args.tokenizer is None or args.stage == 'var', '--tokenizer: goes with --stage var')
         tokenizer = (VQVAE(make(VQVAEConfig, args)) if 'vqvae' in stages else

@@ -164,7 +164,8 @@ class VAR(nn.Module):
         self.head_adaln = nn.Linear(D, 2 * D)
         self.head = nn.Linear(D, config.vocab_size)
 
-        scale_L = torch.cat([torch.full((length,), k) for k, length in enumerate(config.lengths)])
+        scales_K = torch.arange(K, device='cpu')        # has values even where weights are on the meta device
+        scale_L = scales_K.repeat_interleave(torch.tensor(config.lengths, device='cpu'))
         self.register_buffer('scale_of_token_L', scale_L, persistent=False)
         # block-causal: True where the row's place sees the column's, in all scales up to its own
         self.register_buffer('mask_LL', scale_L[:, None] >= scale_L[None, :], persistent=False)
@@ -240,19 +241,24 @@ class VAR(nn.Module):
 
     @torch.no_grad()
     def generate(self, tokenizer, labels_B: Tensor, cfg: float = 1.5, top_k: int = 900, top_p: float = 0.96,
-                 noise_BL: Tensor | None = None, return_tokens: bool = False):
+                 noise_BL: Tensor | None = None, kept_BL: Tensor | None = None, return_tokens: bool = False,
+                 temperature: float = 1.0, gumbel_BLV: Tensor | None = None):
         """Labels in [0, num_classes] -> images (B, 3, image_size, image_size) in [-1, 1], tokens_BL if asked.
 
         cfg: strength of classifier-free guidance at the last scale; it rises from 0 at the first, as
         released. (Where guidance is written as uncond + s * (cond - uncond), s is 1 + cfg.) top_k, top_p: see
         `draw_tokens`; the defaults are the released code's for FID (paper: top-k 600). noise_BL: one uniform
         number in [0, 1) per token, which alone decides what is drawn; None: from torch's default generator.
+        kept_BL: int64, the token to keep, or -1 where one is to be drawn, as from `VQVAE.keep`; None: all are
+        drawn. temperature: divides the logits. gumbel_BLV: Gumbel noise, which makes an image of mixtures of
+        codes (see `mix_codes`) instead of the tokens that are returned; None: of those.
         Raises ValueError at a tokenizer of another kind, and where logits aren't finite.
         """
         self.check_tokenizer(tokenizer)
         B, K, depth, lengths = len(labels_B), len(self.config.scales), self.config.depth, self.config.lengths
         if noise_BL is None:
             noise_BL = torch.rand(B, sum(lengths), device=labels_B.device)
+        kept_BL = (labels_B.new_full((1, 1), -1) if kept_BL is None else kept_BL).expand(B, sum(lengths))
         # guidance: the first half of N = 2B asks for the class, the second for none; at cfg 0, N = B
         asked = [labels_B, torch.full_like(labels_B, self.config.num_classes)] if cfg else [labels_B]
         class_ND = self.class_embedding(torch.cat(asked))
@@ -264,18 +270,24 @@ class VAR(nn.Module):
         positions = self.positions().split(lengths, dim=1)
         x_NlD = class_ND[:, None] + self.start_position + positions[0]
         tokens, finite, f_hat = [], [], 0.0
-        for k, noise_Bl in enumerate(noise_BL.split(lengths, dim=1)):
+        for k, (noise_Bl, kept_Bl) in enumerate(zip(noise_BL.split(lengths, 1), kept_BL.split(lengths, 1))):
+            start = sum(lengths[:k])
             # no mask: the cache ends with scale k, within which all places see each other
-            logits_NlV = self.transform(x_NlD, modulations, None, caches, start=sum(lengths[:k]))
+            logits_NlV = self.transform(x_NlD, modulations, None, caches, start)
             t = cfg * k / (K - 1)
-            logits_BlV = (1 + t) * logits_NlV[:B] - t * logits_NlV[B:] if cfg else logits_NlV
+            logits_BlV = ((1 + t) * logits_NlV[:B] - t * logits_NlV[B:] if cfg else logits_NlV) / temperature
             finite.append(logits_BlV.isfinite().all())
-            tokens.append(draw_tokens(logits_BlV, noise_Bl, top_k, top_p))
-            f_hat = f_hat + tokenizer.contribution(tokens[-1], k)
+            drawn_Bl = draw_tokens(logits_BlV, noise_Bl, top_k, top_p)
+            tokens.append(torch.where(kept_Bl < 0, drawn_Bl, kept_Bl))
+            codes = tokens[-1]                                  # or mixtures of them
+            if gumbel_BLV is not None:
+                gumbel_BlV = gumbel_BLV[:, start:start + lengths[k]]
+                codes = mix_codes(logits_BlV, gumbel_BlV, kept_Bl, top_k, top_p, progress=k / (K - 1))
+            f_hat = f_hat + tokenizer.contribution(codes, k)
             if k < K - 1:
                 x_BlD = self.word_embedding(tokenizer.next_input(f_hat, k)).float() + positions[k + 1]
                 x_NlD = torch.cat([x_BlD] * len(asked))
-        for side, is_finite in zip(self.config.scales, torch.stack(finite).tolist()):
+        for side, is_finite in zip(self.config.scales, torch.stack(finite).tolist()):       # a GPU waits once
             if not is_finite:
                 raise ValueError(f'logits of scale {side}x{side} are not finite, at cfg={cfg}')
         images = tokenizer.decode_f_hat(f_hat).clamp(-1, 1)
@@ -284,37 +296,61 @@ class VAR(nn.Module):
     # --- the authors' weights
     @classmethod
     def from_official(cls, state_dict: dict[str, Tensor], scales: tuple[int, ...]) -> 'VAR':
-        """A released transformer (var_d16.pth, ..., var_d36.pth) as a VAR; all else is read off the shapes.
-        Raises ValueError with the first key that is missing, superfluous or of another shape."""
+        """A released transformer (var_d16.pth, ..., var_d36.pth) as a VAR, whose weights the tensors become,
+        not copied if float32; all else is read off the shapes. Raises ValueError with the first key that is
+        missing, superfluous or of another shape."""
         try:
             width, z_channels = state_dict['word_embed.weight'].shape
             num_classes, vocab_size = len(state_dict['class_emb.weight']) - 1, len(state_dict['head.weight'])
         except KeyError as error:
             raise ValueError(f"no released VAR transformer: {error} is missing; of the trainer's files take "
                              "['trainer']['var_wo_ddp'], from keys module. and _orig_mod. away") from None
-        model = cls(VARConfig(width // HEAD_WIDTH, num_classes, vocab_size, z_channels, tuple(scales),
-                              shared_adaln='shared_ada_lin.1.weight' in state_dict))
-        ours = {reduce(lambda name, pair: name.replace(*pair), RELEASED_NAMES, name): weight
-                for name, weight in model.state_dict().items()}         # our weights, by released names
+        with torch.device('meta'):                  # shapes alone: initial values take long
+            model = cls(VARConfig(width // HEAD_WIDTH, num_classes, vocab_size, z_channels, tuple(scales),
+                                  shared_adaln='shared_ada_lin.1.weight' in state_dict))
+        names = {reduce(lambda name, pair: name.replace(*pair), RELEASED_NAMES, name): name
+                 for name in model.state_dict()}                        # ours, by released names
+        ours = {key: model.get_parameter(name) for key, name in names.items()}
         for key in [*ours, *(key for key in state_dict if not key.endswith(RELEASED_BUFFERS))]:
             found, expected = (tuple(at[key].shape) if key in at else 'none' for at in (state_dict, ours))
             if found != expected:
                 raise ValueError(f'{key}: {found}, expected {expected}')
-            ours[key].copy_(state_dict[key])        # into the model: state_dict() copies nothing
+        model.load_state_dict({name: state_dict[key].float() for key, name in names.items()}, assign=True)
         return model
 
 
-def draw_tokens(logits_BlV: Tensor, noise_Bl: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Draws a token at every position: (B, l) int64.
-
-    Of the top_k likeliest tokens (0, or V and more: all), those are kept that it takes to reach a mass of
-    top_p (0 or 1: all). The first whose cumulative mass exceeds noise * kept mass is drawn (inverse CDF).
-    """
+def likeliest(logits_BlV: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The top_k likeliest tokens (0, or V and more: all), likeliest first; their cumulative mass; the index
+    of the last one kept: as many are kept as it takes to reach a mass of top_p (0 or 1: all)."""
     V = logits_BlV.shape[-1]
-    logits_Blk, tokens_Blk = logits_BlV.topk(min(top_k or V, V), dim=-1)        # likeliest first
+    logits_Blk, tokens_Blk = logits_BlV.topk(min(top_k or V, V), dim=-1)
     probs_Blk = logits_Blk.softmax(-1)
     mass_Blk = probs_Blk.cumsum(-1)
     needed = mass_Blk - probs_Blk < (top_p if 0 < top_p < 1 else math.inf)      # the likelier ones fall short
-    last_kept = needed[..., 1:].sum(-1, keepdim=True)                           # the likeliest always is
+    return tokens_Blk, mass_Blk, needed[..., 1:].sum(-1, keepdim=True)          # the likeliest always is kept
+
+
+def draw_tokens(logits_BlV: Tensor, noise_Bl: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Draws a token at every position, (B, l) int64, of those that top-k and top-p leave: the first whose
+    cumulative mass exceeds noise * kept mass (inverse CDF)."""
+    tokens_Blk, mass_Blk, last_kept = likeliest(logits_BlV, top_k, top_p)
+    # rounding may make noise * kept mass the kept mass itself: hence the clamp
     drawn = torch.searchsorted(mass_Blk, noise_Bl[..., None] * mass_Blk.gather(-1, last_kept), right=True)
     return tokens_Blk.gather(-1, drawn.clamp(max=last_kept))[..., 0]
+
+
+def mix_codes(logits_BlV: Tensor, gumbel_BlV: Tensor, kept_Bl: Tensor, top_k: int, top_p: float,
+              progress: float) -> Tensor:
+    """Weights of all codes at every position, (B, l, V), instead of one token: smoother images, for looks.
+
+    As the released more_smooth does: a softmax of the logits that top-k and top-p leave, with Gumbel noise
+    added; the sharper, the further the scales have come (progress, from 0 to 1). Kept tokens are not mixed.
+    """
+    tokens_Blk, _, last_kept = likeliest(logits_BlV, top_k, top_p)
+    least_kept_Bl1 = logits_BlV.gather(-1, tokens_Blk.gather(-1, last_kept))
+    temperature = 0.27 * (1 - 0.95 * progress)                  # the released constants
+    noisy_BlV = ((1 + progress) * logits_BlV + gumbel_BlV) / temperature
+    weights_BlV = noisy_BlV.masked_fill(logits_BlV < least_kept_Bl1, -math.inf).softmax(-1)
+    is_kept_Bl = kept_Bl >= 0
+    weights_BlV[is_kept_Bl] = F.one_hot(kept_Bl[is_kept_Bl], logits_BlV.shape[-1]).to(weights_BlV)
+    return weights_BlV

@@ -226,13 +226,16 @@ class VQVAE(nn.Module):
         return distances.argmin(-1)
 
     def contribution(self, tokens_Bl: Tensor, k: int) -> Tensor:
-        """What the tokens of scale k (from 0) add to f_hat: (B, C, H, W) float32."""
+        """What the tokens of scale k (from 0) add to f_hat: (B, C, H, W) float32. (Or, instead of tokens,
+        mixtures: weights of all codes, (B, l, V) float32.)"""
         side, size = self.config.scales[k], self.config.scales[-1]
-        z_BCHW = self.codebook(tokens_Bl).transpose(1, 2).unflatten(2, (side, side))    # Alg. 1, line 7
-        if side != size:
-            z_BCHW = F.interpolate(z_BCHW, size=(size, size), mode='bicubic')           # line 8
-        with torch.autocast(z_BCHW.device.type, enabled=False):
-            return self.phis[self.phi_table[k]](z_BCHW.contiguous())                    # in line 9: phi_k
+        is_mixed = tokens_Bl.is_floating_point()
+        with torch.autocast(tokens_Bl.device.type, enabled=False):
+            z_BlC = tokens_Bl @ self.codebook.weight if is_mixed else self.codebook(tokens_Bl)
+            z_BCHW = z_BlC.transpose(1, 2).unflatten(2, (side, side))               # Alg. 1, line 7
+            if side != size:
+                z_BCHW = F.interpolate(z_BCHW, size=(size, size), mode='bicubic')   # line 8
+            return self.phis[self.phi_table[k]](z_BCHW.contiguous())                # in line 9: phi_k
 
     def shrink(self, f_BCHW: Tensor, k: int) -> Tensor:
         """Averages a map over the areas of scale k's grid: (B, C, h, w)."""
@@ -291,6 +294,20 @@ class VQVAE(nn.Module):
         """f_hat after scale k (from 0) -> the transformer's input for scale k + 1, (B, l, C)."""
         return self.shrink(f_hat_BCHW, k + 1).flatten(2).transpose(1, 2)
 
+    def keep(self, tokens_BL: Tensor, keep_BHW: Tensor) -> Tensor:
+        """Which tokens an edit leaves as they are: kept_BL for `VAR.generate`, the token or -1.
+
+        keep_BHW: 1 (or True) where the image stays and 0 where it is drawn anew, of latents or pixels; a
+        latent stays if all its pixels do. Latents are resized to each scale, and tokens stay above 0.5; the
+        1x1 token stays always, and with it something of the image's tone. As in the released editing demo:
+        bilinear without antialiasing, so that a coarse token asks only the four latents around its middle.
+        """
+        sides = self.config.scales                          # the latents' minimum over their pixels:
+        keep_B1HW = 1 - F.adaptive_max_pool2d(1 - keep_BHW[:, None].float(), sides[-1])
+        keeps = [F.interpolate(keep_B1HW, (side, side), mode='bilinear').flatten(1) > 0.5 for side in sides]
+        keeps[0] = torch.ones_like(keeps[0])
+        return tokens_BL.where(torch.cat(keeps, dim=1), -1)
+
     # --- training
     def forward(self, images_B3HW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Images in [-1, 1] -> reconstruction (not clamped), vq loss, tokens_BL.
@@ -324,8 +341,9 @@ class VQVAE(nn.Module):
     # --- the authors' weights
     @classmethod
     def from_official(cls, state_dict: dict[str, Tensor], scales: tuple[int, ...]) -> 'VQVAE':
-        """The released tokenizer (vae_ch160v4096z32.pth) as a VQVAE; all else is read off the shapes.
-        Raises ValueError with the first key that is missing, superfluous or of another shape."""
+        """The released tokenizer (vae_ch160v4096z32.pth) as a VQVAE, whose weights the tensors become, not
+        copied if float32; all else is read off the shapes. Raises ValueError with the first key that is
+        missing, superfluous or of another shape."""
         try:
             channels = len(state_dict['encoder.conv_in.weight'])
             vocab_size, z_channels = state_dict['quantize.embedding.weight'].shape
@@ -336,13 +354,15 @@ class VQVAE(nn.Module):
                  if (m := re.fullmatch(r'encoder\.down\.(\d+)\.block\.(\d+)\.conv1\.weight', key))}
         levels, res_blocks = (1 + max(numbers) for numbers in zip(*mults, (0, 0), strict=True))
         channel_mults = tuple(mults.get((level, 0), 1) for level in range(levels))
-        model = cls(VQVAEConfig(scales[-1] * 2 ** (levels - 1), 1, channels, channel_mults, res_blocks, True,
-                                z_channels, vocab_size, tuple(scales)))
-        ours = {reduce(lambda name, pair: re.sub(*pair, name), RELEASED_NAMES, name): weight
-                for name, weight in model.state_dict().items()}         # our weights, by released names
+        with torch.device('meta'):                  # shapes alone: initial values take long
+            model = cls(VQVAEConfig(scales[-1] * 2 ** (levels - 1), 1, channels, channel_mults, res_blocks,
+                                    True, z_channels, vocab_size, tuple(scales)))
+        names = {reduce(lambda name, pair: re.sub(*pair, name), RELEASED_NAMES, name): name
+                 for name in model.state_dict()}                        # ours, by released names
+        ours = {key: model.get_parameter(name) for key, name in names.items()}
         for key in [*ours, *(key for key in state_dict if not key.endswith('quantize.ema_vocab_hit_SV'))]:
             found, expected = (tuple(at[key].shape) if key in at else 'none' for at in (state_dict, ours))
             if found != expected:
                 raise ValueError(f'{key}: {found}, expected {expected}')
-            ours[key].copy_(state_dict[key])        # into the model: state_dict() copies nothing
+        model.load_state_dict({name: state_dict[key].float() for key, name in names.items()}, assign=True)
         return model

@@ -114,7 +114,7 @@ def read_npz(path: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
         arrays = np.load(path)
         images, labels = (torch.from_numpy(arrays[key]) for key in ('arr_0', 'labels'))
         images, class_names = images.permute(0, 3, 1, 2), tuple(arrays['class_names'].tolist())
-        torch.utils.data.TensorDataset(images, F.one_hot(labels, len(class_names)))    # or fails
+        torch.utils.data.TensorDataset(images, F.one_hot(labels, len(class_names) + 1))   # or fails; + null
     except Exception as error:                                             # np.load fails in many ways
         check(False, f'{path}: not what sample.py --npz writes ({type(error).__name__})')
     return images, labels, class_names

@@ -16,6 +16,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 import costs                                                                            # noqa: E402, F401
 import curves                                                                           # noqa: E402
+import edits                                                                            # noqa: E402
 import judge                                                                            # noqa: E402
 import measure                                                                          # noqa: E402
 import sample                                                                           # noqa: E402
@@ -30,6 +31,8 @@ WRONG_FLAGS = """
     curves.py RUN/vqvae.csv a.png                   | vqvae.csv; not the var.csv
     curves.py RUN/var.pt a.png                      | var.pt; not the var.csv
     curves.py RUN/var.csv a.gif                     | a.gif; .png
+    edits.py RUN/vqvae.pt                           | vqvae.pt; kind 'vqvae'
+    edits.py RUN/var.pt --count 0                   | --count 0; 1 or more
     judge.py none.npz                               | none.npz; FileNotFoundError
     judge.py RUN/var.csv                            | var.csv; not what sample.py --npz writes
     costs.py --mfu 2                                | --mfu 2; (0, 1]
@@ -106,7 +109,7 @@ def test_the_judge_names_samples_that_it_cannot_judge(tmp_path, capsys, monkeypa
     write_npz('classes.npz', class_names=train.CIFAR10_CLASSES[::-1])
     write_npz('few.npz', count=64)
     write_npz('old.npz')
-    write_npz('labels.npz', class_names=train.FIGURES[:9])
+    write_npz('labels.npz', class_names=train.FIGURES[:8])
     write_npz('lack.npz')
     np.savez('lack.npz', **dict(np.load('lack.npz')) | dict(labels=np.zeros(300, int)))
     arrays = dict(np.load('old.npz'))
@@ -164,10 +167,29 @@ def test_a_judge_that_saw_a_quarter_of_cifar10_once_knows_images_and_samples(cif
     assert accuracy > 0.5 and share > 0.3
 
 
+def test_an_edit_is_measured_where_it_was_to_change_nothing(tiny_run):  # noqa: F811
+    tokenizer, var, defaults = sample.load(tiny_run / 'var.pt')
+    images, labels = train.draw_shapes(20, 3)
+    regions = edits.regions(images, are_shapes=True)
+    assert [round(region.float().mean().item(), 4) for region in regions.values()][:3] == [0.25, 0.75, 0.5625]
+    figure = regions['another class by a mask of the figure']
+    ground = images[0, :, 0, 0].float()[:, None]                # the first is a disc
+    assert ((images[0].float()[:, ~figure[0]] - ground).abs() <= 25).all() and figure.float().mean() < 0.7
+    nothing = torch.zeros(20, 32, 32, dtype=torch.bool)
+    made = edits.edit(tokenizer, var, defaults, images, labels, nothing)
+    assert torch.equal(made, tokenizer.decode(tokenizer.encode(train.to_float(images))))
+    right = train.to_float(images)
+    right[:, :, 8:24, 8:24] = 0.0                               # wrong where it may be
+    right[0, 0, 0, 0] += 0.5
+    found = edits.psnr_outside(right, images, regions['in-painting of the centre'])
+    assert found == pytest.approx(-10 * math.log10(0.25 / 3 / (20 * 768) / 4), rel=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / 'out/shapes/var.pt').exists(), reason='needs what `python train.py` leaves')
-def test_the_default_run_draws_what_was_asked_for(tmp_path):
-    """1,000 samples at the checkpoint's own defaults, judged by a classifier that knows the drawings."""
+def test_the_default_run_draws_and_edits_what_was_asked_for(tmp_path):
+    """1,000 samples at the checkpoint's own defaults, judged by a classifier that knows the drawings; then
+    1,000 drawings whose centre is drawn anew, or whose figure becomes one of another class."""
     tokenizer, var, defaults = sample.load(ROOT / 'out/shapes/var.pt')
     labels = torch.arange(1000) % 10
     batches = sample.draw(tokenizer, var, labels.tolist(), 1, 100, **defaults)
@@ -181,3 +203,10 @@ def test_the_default_run_draws_what_was_asked_for(tmp_path):
     assert accuracy >= 0.99 and right.mean() >= 0.9 and min(by_class) >= 0.75
     row = list(csv.DictReader((ROOT / 'out/shapes/vqvae.csv').open()))[-1]
     assert float(row['psnr']) >= 24 and float(row['use']) >= 95
+    images, own = test_images[:1000], test_labels[:1000]
+    for name, region in edits.regions(images, are_shapes=True).items():
+        asked = (own + 1 + torch.arange(1000) % 9) % 10 if 'another' in name else own
+        made = sample.to_uint8(edits.edit(tokenizer, var, defaults, images, asked, region))
+        share = network.recognised(network.features(made), asked).mean().item()
+        print(f'{name}: {share:.1%}')
+        assert share >= 0.9, name
