@@ -603,9 +603,8 @@ class Folder:
         if found := {path for path in self.path.iterdir() if path.suffix != '.tmp'}:
             check(self.note in found, f'{said}: holds a finished export, or other files; empty it or choose '
                   'another')
-            was, others = self.note.read_text().splitlines(), found - {self.note, *self.images}
-            differing = [name for name, line in zip(made, lines) if line not in was]
-            differing += sorted(path.name for path in others)
+            differing = sorted({line.split()[0] for line in {*lines} ^ {*self.note.read_text().splitlines()}})
+            differing += sorted(path.name for path in found - {self.note, *self.images})
             check(not differing, f'{said}: begun with another {", ".join(differing[:5])}; repeat the command '
                   'that began it, empty it or choose another')
         save_file(self.note, lambda file: file.write('\n'.join(lines).encode()))

@@ -3,6 +3,7 @@ import itertools
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -342,8 +343,8 @@ def test_an_image_is_the_same_in_batches_of_7_and_of_64(model):
     assert (runs[0] == runs[1]).all(1).float().mean() >= 0.99
 
 
-def test_an_export_is_not_mixed_with_other_images_and_torn_ones_are_drawn_again(model, tmp_path, capsys,
-                                                                                monkeypatch):
+def test_an_export_is_not_mixed_and_torn_images_are_drawn_again(model, photo, tmp_path, capsys,
+                                                               monkeypatch):
     def refused(words, flags):
         arguments = [model[0], '--png-dir', tmp_path / 'a', '--batch-size', 4, *flags.split()]
         error = complaint(sample.main, arguments, capsys, monkeypatch)
@@ -371,6 +372,12 @@ def test_an_export_is_not_mixed_with_other_images_and_torn_ones_are_drawn_again(
     sample.main((command + 'a --dtype float32').split())        # which it is, on a CPU
     assert content(tmp_path / 'a') == calm
     refused('holds a finished export, or other files', '--count 12')
+    shutil.rmtree(tmp_path / 'a')
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sample.Folder, 'finish', stop)
+        sample.main(f'{command}a --labels 3 --image {photo[0]} --box 0 0 1 .5'.split())
+    refused('another photograph, region;', '--count 12 --labels 3')             # it was an edit
+    refused('another region;', f'--count 12 --labels 3 --image {photo[0]} --box 0 0 1 .25')
 
 
 def test_npz_is_what_numpy_would_write_and_holds_a_class_as_often_as_another(model, tmp_path):
