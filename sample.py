@@ -352,6 +352,8 @@ def load(path: str | Path, device: str | torch.device = 'cpu') -> tuple[VQVAE, V
     for name, kind in SAMPLING.items():
         with what_a_file_holds(f'{path}: its sampling default {name} will not do'):
             defaults[name] = kind(str(checkpoint['defaults'][name]))
+    check(checkpoint['defaults'].keys() == SAMPLING.keys(), f'{path}: has other sampling defaults than those '
+          f'of {", ".join(SAMPLING)}')
     check(len(var.class_names) == var.config.num_classes and all(isinstance(c, str) for c in var.class_names),
           f'{path}: names {len(var.class_names)} classes, but the transformer knows {var.config.num_classes}')
     return tokenizer.to(device), frozen(var.to(device), path), defaults
@@ -437,6 +439,11 @@ def to_uint8(images: Tensor) -> Tensor:
     if images.dtype == torch.uint8:
         return images
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 -> [-1, 1]."""
+    return images.float() / 127.5 - 1
 
 
 def grid(images: Tensor, columns: int) -> Image.Image:
@@ -556,8 +563,8 @@ class Edit:
         K, k, S = len(tokenizer.config.scales), args.keep_scales or 0, tokenizer.config.image_size
         check(k < K, f'--keep-scales {k}: of {K} scales, {K - 1} can be kept at most')
         self.photo, size = read_photograph(f'--image {args.image}', args.image, S)
-        tokens_1L = tokenizer.encode(self.photo[None].to(tokenizer.codebook.weight.device) / 127.5 - 1)
-        self.region = self.opacity = torch.ones(S, S, dtype=torch.bool)
+        tokens_1L = tokenizer.encode(to_float(self.photo[None].to(tokenizer.codebook.weight.device)))
+        self.region, self.opacity = torch.ones(S, S, dtype=torch.bool), torch.ones(S, S)
         if args.box or args.mask:
             self.region = find_region(args, tokenizer.config, size)
             self.preview = self.photo.masked_fill(self.region, 255)

@@ -1259,6 +1259,7 @@ DAMAGES = [                     # what is done to a good var.pt, and what is sai
     (lambda c: c['defaults'].update(top_p=2.0), DEFAULT + 'top_p will not do (2.0: must be in [0, 1])'),
     (lambda c: c['defaults'].update(top_k=9.5), DEFAULT + 'top_k will not do (9.5: must be 0 or more)'),
     (lambda c: c.update(defaults=dict(cfg=1.0)), DEFAULT + 'top_k will not do'),
+    (lambda c: c['defaults'].update(heat=1.0), 'has other sampling defaults than those of cfg, top_k, top_p'),
     (lambda c: c.update(defaults=3), DEFAULT + 'cfg will not do')]
 
 

@@ -50,7 +50,8 @@ from tqdm import tqdm
 
 import sample
 from sample import (ANY_COUNT, COUNT, POSITIVE, SAMPLING, SHARE, STRENGTH, UserError, add_flag, all_sum,
-                    autocast, check, leave, number, one_line, rank, rank_0_first, start_processes, world_size)
+                    autocast, check, from_rank_0, leave, number, one_line, rank, rank_0_first,
+                    start_processes, to_float, world_size)
 from var import VAR, VARConfig
 from vqvae import VQVAE, Discriminator, VQVAEConfig
 
@@ -249,10 +250,6 @@ class ArrayData(Data):
         """This process's held-out images and labels, without augmentation."""
         for numbers in torch.arange(rank(), self.val_count, world_size()).split(size):
             yield to_float(self.val_images[numbers]), self.val_labels[numbers]
-
-
-def to_float(images: Tensor) -> Tensor:
-    return images.float() / 127.5 - 1
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -978,10 +975,9 @@ def main(argv: list[str]):
         check(saved is None or saved['data'] == data.fingerprint, f'--data-dir {args.data_dir}: holds other '
               'images than the run to resume was trained on; name those, or start anew in another --out')
     seen = [data.fingerprint, saved and f"{saved['stage']} {saved['step']}"]
-    if dist.is_initialized():
-        dist.broadcast_object_list(of_rank_0 := list(seen))
-        check(seen == of_rank_0, f'--data-dir {args.data_dir}, --out {out}: other images or another save '
-              f'than rank 0 sees ({seen}, not {of_rank_0}); make the folders equal')
+    of_rank_0 = from_rank_0(seen)
+    check(seen == of_rank_0, f'--data-dir {args.data_dir}, --out {out}: other images or another save than '
+          f'rank 0 sees ({seen}, not {of_rank_0}); make the folders equal')
     if device.index is not None:
         torch.cuda.set_device(device)
     tokenizer.to(device)

@@ -17,8 +17,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from judge import JUDGES, load_judge, read_images                           # noqa: E402
-from sample import COUNT, Parser, check, load, noise_of_images, run_command, to_uint8       # noqa: E402
+from judge import load_judge, load_known, read_images                       # noqa: E402
+from measure import psnr                                                    # noqa: E402
+from sample import COUNT, Parser, noise_of_images, run_command, to_uint8        # noqa: E402
 from train import to_float                                                  # noqa: E402
 
 
@@ -49,8 +50,7 @@ def edit(tokenizer, var, defaults: dict, images: Tensor, labels: Tensor, region_
 
 def psnr_outside(made: Tensor, images: Tensor, region_NHW: Tensor) -> float:
     """dB, of images in [-1, 1] against uint8 ones, over the pixels outside of the region."""
-    error_NHW = (made - to_float(images)).square().mean(1)
-    return -10 * (error_NHW[~region_NHW].mean() / 4).log10().item()
+    return psnr(*(x.movedim(1, -1)[~region_NHW] for x in (made, images)))
 
 
 def main(argv: list[str]):
@@ -60,18 +60,15 @@ def main(argv: list[str]):
     parser.add_argument('--count', type=COUNT, default=1000, help='held-out images, at most [1000]')
     parser.add_argument('--cache', help='the trained judge; absent: out/judge-cifar10.pt or -shapes.pt')
     args = parser.parse_args(argv)
-    tokenizer, var, defaults = load(args.checkpoint)
-    known = JUDGES.get(tuple(var.class_names))
-    check(known and tokenizer.config.image_size == 32, f'{args.checkpoint}: made for other images than '
-          'CIFAR-10 or shapes of 32x32')
-    *training, images, labels = read_images(known[0], args.data_dir)
-    judge = load_judge(known[0], *training, args.cache or f'out/judge-{known[0]}.pt')
+    data, tokenizer, var, defaults = load_known(args.checkpoint)
+    *training, images, labels = read_images(data, args.data_dir)
+    judge = load_judge(data, *training, args.cache or f'out/judge-{data}.pt')
     images, labels = images[:args.count], labels[:args.count]
     another = (labels + 1 + torch.arange(len(labels)) % 9) % 10
     alone = torch.cat([tokenizer.decode(tokenizer.encode(to_float(part))) for part in images.split(100)])
     print('| edit | drawn anew | recognised as asked | PSNR outside | the tokenizer alone |')
     print('|---|---|---|---|---|')
-    for name, region_NHW in regions(images, known[0] == 'shapes').items():
+    for name, region_NHW in regions(images, data == 'shapes').items():
         asked = another if 'another' in name else labels
         made = edit(tokenizer, var, defaults, images, asked, region_NHW)
         right = judge.recognised(judge.features(to_uint8(made)), asked).mean()

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from sample import Parser, check, prepare_folder, read_checkpoint, run_command, save_checkpoint  # noqa: E402
+from sample import (Parser, check, load, prepare_folder, read_checkpoint, run_command,      # noqa: E402
+                    save_checkpoint)
 from train import CIFAR10_CLASSES, FIGURES, augment, draw_shapes, read_cifar10, to_float  # noqa: E402
 
 # by classes: data, channels of layers, epochs, mirrored or not, noise (clean drawings make a brittle judge)
@@ -118,6 +119,15 @@ def read_npz(path: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     except Exception as error:                                             # np.load fails in many ways
         check(False, f'{path}: not what sample.py --npz writes ({type(error).__name__})')
     return images, labels, class_names
+
+
+def load_known(path: str) -> tuple:
+    """The data that a var.pt was made for, 'shapes' or 'cifar10', and what sample.load returns of it."""
+    tokenizer, var, defaults = load(path)
+    known = JUDGES.get(tuple(var.class_names))
+    check(known and tokenizer.config.image_size == 32, f'{path}: made for other images than CIFAR-10 or '
+          'shapes of 32x32')
+    return known[0], tokenizer, var, defaults
 
 
 def main(argv: list[str]):

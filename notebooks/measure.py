@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from judge import JUDGES, read_images                                     # noqa: E402
-from sample import COUNT, Parser, check, load, prepare_folder, run_command, save_npz, to_uint8  # noqa: E402
+from judge import load_known, read_images                                 # noqa: E402
+from sample import COUNT, Parser, check, prepare_folder, run_command, save_npz, to_uint8  # noqa: E402
 from train import to_float                                                  # noqa: E402
 
 
@@ -53,11 +53,8 @@ def main(argv: list[str]):
     if args.npz:
         check(args.npz.endswith('.npz'), f'--npz {args.npz}: must end in .npz')
         prepare_folder(Path(args.npz).parent, '--npz')
-    tokenizer, var, _ = load(args.checkpoint)
-    known = JUDGES.get(tuple(var.class_names))
-    check(known and tokenizer.config.image_size == 32, f'{args.checkpoint}: made for other images than '
-          'CIFAR-10 or shapes of 32x32')
-    arrays = read_images(known[0], args.data_dir)
+    name, tokenizer, var, _ = load_known(args.checkpoint)
+    arrays = read_images(name, args.data_dir)
     N = min(args.count, len(arrays[2]))
     images, labels, test_images, test_labels = (array[:N] for array in arrays)
     drawn, train_bits_L, _ = measure(tokenizer, var, images, labels)

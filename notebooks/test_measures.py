@@ -112,12 +112,15 @@ def test_the_judge_names_samples_that_it_cannot_judge(tmp_path, capsys, monkeypa
     write_npz('labels.npz', class_names=train.FIGURES[:8])
     write_npz('lack.npz')
     np.savez('lack.npz', **dict(np.load('lack.npz')) | dict(labels=np.zeros(300, int)))
+    write_npz('null.npz', count=330)
+    np.savez('null.npz', **dict(np.load('null.npz')) | dict(labels=np.arange(330) % 11))
     arrays = dict(np.load('old.npz'))
     del arrays['class_names']
     np.savez('old.npz', **arrays)
     for name, words in dict(size='28x28; 32x32', classes='32x32 of truck, ship; shapes and CIFAR-10',
                             few='64 images of 10 classes; covariance of 64; needs 65',
                             lack='300 images of 1 classes; of all 10',
+                            null='330 images of 11 classes; of all 10',
                             old='not what sample.py --npz writes',
                             labels='not what sample.py --npz writes').items():
         error = complaint(judge.main, [f'{name}.npz'], capsys, monkeypatch)
