@@ -19,15 +19,19 @@ A checkpoint, var.pt, holds both stages, their configs, the class names and the 
 else is needed to draw. Shapes stand in the names of tensors as in vqvae.py and var.py.
 """
 import argparse
+import ctypes
 import difflib
 import functools
 import http.client
+import json
 import math
 import os
 import re
 import shutil
+import statistics
 import sys
 import tempfile
+import time
 import typing
 import warnings
 import zipfile
@@ -43,6 +47,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from var import VAR, VARConfig
@@ -102,6 +107,17 @@ SHARE = number(float, 'in [0, 1]', lambda x: 0 <= x <= 1)
 SAMPLING = dict(cfg=STRENGTH, top_k=ANY_COUNT, top_p=SHARE)     # what a checkpoint has defaults for
 
 
+def keep_memory():
+    """Freed memory stays with the process: else glibc gives large tensors back, and a fifth of a step on CPUs
+    would go into taking them again, page by page. Other systems stay as they are."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return
+    mallopt(-4, 0)                                          # M_MMAP_MAX: no mappings of their own
+    mallopt(-1, -1)                                         # M_TRIM_THRESHOLD: never
+
+
 def run_command(main):
     """Runs main(argv); what the user can mend becomes one line on stderr and exit status 2."""
     try:
@@ -109,7 +125,8 @@ def run_command(main):
     except (UserError, OSError, RuntimeError, MemoryError) as error:
         line = str(error) if isinstance(error, UserError) else one_line(error)
         if is_out_of_memory(error):
-            line = f'out of memory; take fewer images at once, by --batch-size or --micro-batch-size ({line})'
+            line = ('out of memory; take fewer images at once, by --batch-size or --micro-batch-size, or (in '
+                    f'training) --activation-checkpointing ({line})')
         elif isinstance(error, RuntimeError):               # a bug, unless another process is gone
             if not ('TORCHELASTIC_RUN_ID' in os.environ and re.search('gloo|nccl', line, re.I)):
                 raise
@@ -231,6 +248,8 @@ def choose_device(name: str) -> torch.device:
         torch.empty(0, device=name)
     except Exception:                                       # a missing driver or device fails in many ways
         raise UserError(f'--device {name}: not usable on this machine; cpu always is') from None
+    if name == 'cpu':
+        keep_memory()
     return torch.device(name)
 
 
@@ -413,11 +432,13 @@ def noise_of_images(seed: int, first: int, count: int, *shape: int) -> Tensor:
 
 def draw(tokenizer: VQVAE, var: VAR, labels: list[int], seed: int, batch_size: int, dtype='float32',
          firsts=None, smooth: bool = False, **sampling):
-    """Yields (images, tokens_BL) batch by batch: (B, 3, H, W) in [-1, 1], one per label, on the CPU.
+    """Yields (images, tokens_BL) batch by batch: (B, 3, H, W) in [-1, 1], one per label, on the CPU. The
+    weights of var may learn afterwards, even if they were frozen.
 
     firsts: the images that the batches to draw begin with; absent: all. sampling: options of `VAR.generate`.
     """
     device = var.position.device
+    var.requires_grad_(True)            # autocast keeps what it casts of such weights alone, for a whole call
     for first in range(0, len(labels), batch_size) if firsts is None else firsts:
         labels_B = torch.tensor(labels[first:first + batch_size], device=device)
         shape = seed, first, len(labels_B), sum(var.config.lengths)
@@ -606,15 +627,14 @@ class Folder:
         flag, said = ('--png-dir', '') if self.png_dir else ('--npz', f'{self.npz}: ')
         said = f'{flag} {said}{self.path}'
         prepare_folder(self.path, flag)
-        lines = [f'{name} {value}' for name, value in made.items()]
         if found := {path for path in self.path.iterdir() if path.suffix != '.tmp'}:
             check(self.note in found, f'{said}: holds a finished export, or other files; empty it or choose '
                   'another')
-            differing = sorted({line.split()[0] for line in {*lines} ^ {*self.note.read_text().splitlines()}})
-            differing += sorted(path.name for path in found - {self.note, *self.images})
-            check(not differing, f'{said}: begun with another {", ".join(differing[:5])}; repeat the command '
+            others = differing(self.note, made)
+            others += sorted(path.name for path in found - {self.note, *self.images})
+            check(not others, f'{said}: begun with another {", ".join(others[:5])}; repeat the command '
                   'that began it, empty it or choose another')
-        save_file(self.note, lambda file: file.write('\n'.join(lines).encode()))
+        write_note(self.note, made)
         return [first for first in range(0, len(self.images), self.batch_size)
                 if not all(map(is_whole, self.images[first:first + self.batch_size]))]
 
@@ -632,6 +652,17 @@ class Folder:
             shutil.rmtree(self.path)
 
 
+def write_note(path: Path, made: dict):
+    """What lies beside it depends on this: a line for each name and value."""
+    save_file(path, lambda file: file.write('\n'.join(f'{name} {made[name]}' for name in made).encode()))
+
+
+def differing(note: Path, made: dict) -> list[str]:
+    """By which names a note says something else."""
+    lines = {f'{name} {value}' for name, value in made.items()}
+    return sorted({line.split()[0] for line in lines ^ {*note.read_text().splitlines()}})
+
+
 def fingerprint(tensors: list[Tensor]) -> int:
     return functools.reduce(lambda crc, tensor: zlib.crc32(tensor.cpu().numpy(), crc), tensors, 0)
 
@@ -644,6 +675,76 @@ def is_whole(path: Path) -> bool:
             return file.read(4) == b'IEND'
     except OSError:                                         # not there, or shorter
         return False
+
+
+# ----------------------------------------------------------------------------------------------------- speed
+def check_compiler(device: torch.device):
+    """Complains early where --compile would fail late."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(2, device=device))
+    except Exception as error:                              # in many ways
+        raise UserError('--compile: torch.compile finds no working compiler (g++, or Triton on a GPU); '
+                        f'install one, or omit the flag ({one_line(error)})') from None
+
+
+def flops_of(tokenizer_config: VQVAEConfig, var_config: VARConfig) -> dict[str, int]:
+    """FLOPs of one image, a multiplication and an addition being two: 'encode', 'decode', 'train' (the
+    transformer forwards and backwards, on tokens) and 'sample' (guided, decoding included)."""
+    D, V, C, lengths = var_config.width, var_config.vocab_size, var_config.z_channels, var_config.lengths
+    L, depth, adaln = sum(lengths), var_config.depth, 1 if var_config.shared_adaln else var_config.depth
+    seen = sum(length * sum(lengths[:k + 1]) for k, length in enumerate(lengths))
+    # a place: q, k, v, proj 8 D^2, MLP 16 D^2, head 2 D V; a pair of places, in a block: 4 D; a class: AdaLN
+    forward, drawn = ((24 * depth * D * D + 2 * D * V) * L + 4 * D * depth * pairs + (adaln * 12 + 4) * D * D
+                      for pairs in (L * L, seen))
+    words = 2 * C * D * (L - 1)
+    with torch.device('meta'), torch.no_grad():
+        tokenizer, S = VQVAE(tokenizer_config), tokenizer_config.image_size
+        with FlopCounterMode(display=False) as encoder:
+            f = tokenizer.features(torch.empty(1, 3, S, S))
+        with FlopCounterMode(display=False) as decoder:
+            tokenizer.decode_f_hat(f)
+    return dict(encode=encoder.get_total_flops(), decode=decoder.get_total_flops(),
+                train=3 * (forward + words), sample=2 * drawn + words + decoder.get_total_flops())
+
+
+def seconds_of(run, device: torch.device, runs: int = 7) -> float:
+    """The median of some runs, after some to warm up."""
+    def clock() -> float:
+        began = time.perf_counter()
+        run()
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+    return statistics.median([clock() for _ in range(runs + 3)][3:])
+
+
+def bench(what: str, run, device: torch.device, unit: str, count: int, flops: float, **said):
+    """Prints a line of JSON about run(), which makes `count` units: their rate, the most memory in use (on a
+    CPU by the process so far), and MFU: FLOPs as a share of the fastest matrix product in the same type."""
+    import resource                                         # not on Windows
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds = seconds_of(run, device)
+    memory = (torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else
+              1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    n = 8192 if device.type == 'cuda' else 2048
+    a = torch.randn(n, n, device=device, dtype=getattr(torch, said['dtype']))
+    peak = 2 * n ** 3 / seconds_of(lambda: a @ a, device)
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'
+    row = dict(what=what, device=name, **said, seconds=round(seconds, 5))
+    row |= {f'{unit}_per_s': round(count / seconds, 2)}
+    row |= dict(peak_gib=round(memory / 2 ** 30, 2), tflop=round(flops / 1e12, 4),
+                mfu=round(flops / seconds / peak, 3), matmul_tflop_per_s=round(peak / 1e12, 3))
+    print(json.dumps(row), flush=True)
+
+
+def bench_sampling(tokenizer: VQVAE, var: VAR, count: int, dtype: str, how: dict, **said):
+    """Times `draw` of so many images in one batch."""
+    device, labels = var.position.device, [i % var.config.num_classes for i in range(count)]
+    flops = flops_of(tokenizer.config, var.config)
+    flops = count * (flops['sample'] if how['cfg'] else (flops['sample'] + flops['decode']) / 2)
+    bench('sample', lambda: [*draw(tokenizer, var, labels, 0, count, dtype, **how)], device, 'images', count,
+          flops, dtype=choose_dtype(device, dtype), batch=count, depth=var.config.depth, **how, **said)
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -662,6 +763,8 @@ FLAGS = {                               # name, type, default, help
         ('temperature', POSITIVE, 1.0, 'divides the logits [1]'),
         ('smooth', bool, False, 'mix codes, as the released more_smooth does: for looks, not for evaluators'),
         ('batch_size', COUNT, 50, 'images that a process takes at once [50]'),
+        ('compile', bool, False, 'compile the decoder, by torch.compile: for many images'),
+        ('bench', bool, False, 'write nothing: time a batch, and print a JSON line'),
         ('device', str, 'auto', 'auto (a GPU where there is one), cpu, cuda, ...'),
         ('dtype', ['auto', 'float32', 'bfloat16'], 'auto', 'auto: bfloat16 on a GPU, else float32')],
     'edit a photograph': [
@@ -685,7 +788,7 @@ NEEDS = dict(weights_dir='official', box='image', mask='image', keep_scales='ima
              show_scales='out')
 ENDINGS = dict(out=tuple(IMAGE_FORMATS), compare=tuple(IMAGE_FORMATS), npz=('.npz',), export=('.pt',))
 EXCLUDE = [('box', 'mask'), ('inpaint', 'outpaint'), ('smooth', 'show_scales'), ('paste', 'show_scales'),
-           ('compare', 'show_scales')]
+           ('compare', 'show_scales'), *((name, 'bench') for name in 'out npz png_dir export image'.split())]
 
 
 def add_flag(group, name: str, kind, default, help: str):
@@ -726,7 +829,8 @@ def parse_label(text: str, class_names: list[str]) -> int:
 
 
 def check_flags(args: argparse.Namespace):
-    if not (args.out or args.npz or args.png_dir or args.compare or args.export and not args.image):
+    if not (args.out or args.npz or args.png_dir or args.compare or args.bench or
+            args.export and not args.image):
         args.out = 'samples.png'
     given = {name: value for name, value in vars(args).items() if value is not None and value is not False}
     check(len(given.keys() & {'checkpoint', 'official'}) == 1, 'name a checkpoint (before --labels), or '
@@ -772,6 +876,11 @@ def main(argv: list[str]):
         tokenizer, var, sampling = (load_official(args.official, args.weights_dir, device) if args.official
                                     else load(args.checkpoint, device))
         sampling |= {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+        if args.compile:
+            check_compiler(device)
+            tokenizer.decoder.compile()
+        if args.bench:
+            return bench_sampling(tokenizer, var, args.batch_size, args.dtype, sampling, compile=args.compile)
         classes = ([parse_label(text, var.class_names) for text in args.labels] if args.labels else
                    [var.config.num_classes] if args.image else [*range(var.config.num_classes)])
         labels = [classes[i % len(classes)] for i in range(args.count or min(100, len(classes)))]

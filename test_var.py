@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import platform
 import random
 import re
 import resource
@@ -644,8 +645,8 @@ def test_a_batch_of_a_folder_follows_from_its_step_alone(tmp_path):
     assert batches[0][0].shape == (4, 3, 16, 16) and -1 <= batches[0][0].min() < batches[0][0].max() <= 1
     seen = [torch.cat([data.in_step(step, 4)[1] for step in range(e, e + 6)]).tolist() for e in (0, 6)]
     assert len(set(seen[0])) == 24 and seen[0] != seen[1]
-    crops = {data.read(data.train, epoch, 5)[0].tobytes() for epoch in range(20)}
-    assert len(crops) > 10 and len({data.read(data.train, -1, 5)[0].tobytes() for _ in range(3)}) == 1
+    crops = {data.read(epoch, 5)[0].tobytes() for epoch in range(20)}
+    assert len(crops) > 10 and len({data.read(-1, 2)[0].tobytes() for _ in range(3)}) == 1
     images, labels = (torch.cat(parts) for parts in zip(*data.val_batches(2)))
     assert len(images) == 3 and torch.equal(images, next(data.val_batches(9))[0])
     assert [data.class_names[label] for label in labels] == [class_name for _, class_name in data.val]
@@ -663,7 +664,9 @@ def test_broken_images_are_named_and_left_out_until_they_are_too_many(tmp_path, 
     named = sorted(line for line in capfd.readouterr().err.splitlines() if 'broken' in line)
     assert len(named) == 2 and 'bird/0000.png' in named[0] and 'cat/0001.png' in named[1]
     with pytest.raises(sample.UserError, match='all 1 images'):         # too few to be more than 1%
-        data.read([(f'{folder}/train/bird/0000.png', 'bird')], 0, 0)
+        alone = folder_data(folder)
+        alone.train = [(f'{folder}/train/bird/0000.png', 'bird')]
+        alone.read(0, 0)
     (folder / 'train/dog/0002.png').write_bytes(b'')
     with pytest.raises(sample.UserError, match='3 of 200 images are broken'):
         for step in range(6, 12):
@@ -674,7 +677,7 @@ def test_broken_images_are_named_and_left_out_until_they_are_too_many(tmp_path, 
 # -------------------------------------------------------------------------------------------- training
 TINY = ('--train-count 64 --val-count 32 --batch-size 8 --channels 32 --z-channels 4 --vocab-size 16 '
         '--scales 1 2 8 --depth 1 --device cpu --vqvae-steps 4 --var-steps 4 --log-every-steps 1 '
-        '--save-every-steps 2 ')
+        '--save-every-steps 2 --vqvae-lr 0.032 --var-lr 0.016 --adaln-gamma-init 0.1 ')
 
 
 def run(flags: str, out: Path) -> Path:
@@ -756,6 +759,253 @@ def test_stage_2_takes_the_authors_tokenizer(tmp_path):
     assert len(tokenizer.config.scales) == 10 and tokenizer.config.image_size == 256
     with pytest.raises(sample.UserError, match='say its --scales'):
         train.tokenizer_for_stage_2(train.parse(flags.split())[0], tmp_path, None)
+
+
+# --- from tokens
+def test_a_cache_of_tokens_changes_nothing_but_speed(tmp_path):
+    """Both views of --flip are met: losses in training and held out are those from images to 1e-5."""
+    out = run('--stage vqvae', tmp_path / 'tokenizer')
+    flags = f'--stage var --tokenizer {out}/vqvae.pt --flip --var-steps 20 --save-every-steps 10 '
+    slow, fast = (run(flags + flag, tmp_path / flag) for flag in ('--no-cache-tokens', '--cache-tokens'))
+    rows = np.memmap(fast / 'tokens.bin', '<u2', 'r').reshape(2 * 64 + 32, 1 + 69) - 1
+    images, labels = train.draw_shapes(64, 0)
+    tokenizer = sample.load_tokenizer(out / 'vqvae.pt', None)
+    for view, seen in enumerate((images, images.flip(-1))):
+        tokens = rows[64 * view:64 * (view + 1)]
+        assert (tokens[:, 0] == labels.numpy()).all()
+        assert (tokens[:, 1:] == tokenizer.encode(sample.to_float(seen)).numpy()).mean() > 0.999   # but ties
+    gaps = np.abs(losses(slow, 'var') - losses(fast, 'var'))
+    assert len(gaps) == 24 and gaps.max() <= 1e-5 and not (slow / 'tokens.bin').exists()
+    by_itself = run(flags.replace('--var-steps 20', '--var-steps 16'), tmp_path / 'by-itself')
+    assert (by_itself / 'tokens.bin').read_bytes() == (fast / 'tokens.bin').read_bytes()
+
+
+@pytest.mark.parametrize('kind', ['drawn', 'folder'])
+def test_random_crops_are_cached_for_some_passes_and_come_again(kind, tmp_path):
+    flags = TINY + '--cache-tokens --crop 3 --flip --cache-passes 2 --train-count 20 --batch-size 5 '
+    if kind == 'folder':
+        flags += f'--data-dir {write_images(tmp_path, 30)} --val-count 3 '
+    args, _ = train.parse(flags.split())
+    data, fresh = (train.load_data(args, 32, torch.device('cpu')) for _ in range(2))
+    tokenizer = VQVAE(train.make(VQVAEConfig, args))
+    stage = SimpleNamespace(args=args, micro_batch_size=64, agree=lambda: None, is_stop=False,
+                            run=SimpleNamespace(data=data, out=tmp_path, device=torch.device('cpu')))
+    cached = train.TokenData(stage, tokenizer)
+    for step in range(8):                                           # four an epoch
+        images, labels = fresh.batch(step, 5)
+        tokens_BL, its_labels = cached.batch(step, 5)
+        assert torch.equal(its_labels, labels) and torch.equal(tokens_BL, tokenizer.encode(images))
+    first, third = ({row.numpy().tobytes() for step in range(start, start + 4)
+                     for row in cached.batch(step, 5)[0]} for start in (0, 8))
+    assert first == third and not torch.equal(cached.batch(0, 5)[0], cached.batch(8, 5)[0])     # reordered
+    for (tokens_BL, labels), (images, its_labels) in zip(cached.val_batches(2), fresh.val_batches(2)):
+        assert torch.equal(labels, its_labels) and torch.equal(tokens_BL, tokenizer.encode(images))
+
+
+CACHED = '--stage var --cache-tokens --train-count 300 --var-steps 2 '
+
+
+@pytest.fixture(scope='module')
+def cached_run(tmp_path_factory):
+    return run(CACHED, run('--stage vqvae', tmp_path_factory.mktemp('cached') / 'run'))
+
+
+def test_a_cache_that_was_not_finished_is(cached_run, tmp_path):
+    """And what is there already is not written again."""
+    out = shutil.copytree(cached_run, tmp_path / 'run')
+    whole = bytearray((cached_run / 'tokens.bin').read_bytes())
+    for row in (3, 70, 310):                    # in training batches 0 and 1, and a held-out one
+        whole[140 * row:140 * row + 40] = bytes(40)
+    (out / 'tokens.bin').write_bytes(whole)
+    written, load = [], train.ArrayData.load
+    shutil.copy(out / 'previous.pt', out / 'last.pt')               # as before the first step
+    (out / 'var.pt').unlink()
+
+    def noted(data, batches):
+        batches = list(batches)
+        written.extend(view for view, _ in batches)
+        return load(data, batches)
+    train.ArrayData.load = noted
+    try:
+        resume(out)
+    finally:
+        train.ArrayData.load = load
+    assert (out / 'tokens.bin').read_bytes() == (cached_run / 'tokens.bin').read_bytes()
+    assert written[:3] == [0, 0, -1] and same_weights(out / 'var.pt', cached_run / 'var.pt', 'var')
+
+
+@pytest.mark.parametrize('damage, words', [
+    ('cut', 'tokens.bin: torn, has 1000 bytes instead of 46480; remove it'),
+    ('other tokenizer', 'tokens.bin: holds tokens of another tokenizer; remove it'),
+    ('other settings', 'tokens.bin: holds tokens of another images, scales; remove it'),
+    ('a token too high', 'tokens.bin: damaged, holds tokens or labels that there are none of'),
+    ('a label too high', 'tokens.bin: damaged, holds tokens or labels that there are none of')])
+def test_another_or_a_damaged_cache_is_named(damage, words, cached_run, tmp_path, capsys, monkeypatch):
+    out = shutil.copytree(cached_run, tmp_path / 'run')
+    content, note = bytearray((out / 'tokens.bin').read_bytes()), (out / 'tokens.txt').read_text()
+    shutil.copy(out / 'previous.pt', out / 'last.pt')               # as before the first step
+    edits = {'other tokenizer': (r'tokenizer \d+', 'tokenizer 1'),
+             'other settings': (r'images .*((.|\n)*)scales .*', r'images 1\1scales (1, 3, 8)')}
+    (out / 'tokens.txt').write_text(re.sub(*edits.get(damage, ('', '')), note))
+    content[142 if 'token' in damage else 140] = 200
+    if 'high' in damage or damage == 'cut':
+        (out / 'tokens.bin').write_bytes(content[:1000 if damage == 'cut' else None])
+    held = {path: path.read_bytes() for path in out.iterdir() if path.name[:4] in ('toke', 'var.', 'vqva')}
+    assert words in complaint(train.main, ['--resume', '--out', out], capsys, monkeypatch)
+    assert all(path.read_bytes() == content for path, content in held.items())
+    run(CACHED + '--overwrite', out)                                # replaces it
+    assert (out / 'tokens.bin').read_bytes() == (cached_run / 'tokens.bin').read_bytes()
+
+
+def test_a_cache_too_large_for_the_disk_is_not_begun(cached_run, tmp_path, capsys, monkeypatch):
+    out = shutil.copytree(cached_run, tmp_path / 'run')
+    free = shutil.disk_usage(out).free
+    flags = [*TINY.split(), *CACHED.split(), '--crop', 1, '--cache-passes', 2 * free // (300 * 140)]
+    error = complaint(train.main, [*flags, '--overwrite', '--out', out], capsys, monkeypatch)
+    assert re.search('--cache-tokens: .*tokens.bin takes .* GiB, but only .* are free; say fewer', error)
+    assert not (out / 'tokens.txt').exists()
+    flags = [*TINY.split(), *CACHED.split(), '--vocab-size', 70_000, '--stage', 'both', '--overwrite']
+    error = complaint(train.main, [*flags, '--out', out], capsys, monkeypatch)
+    assert 'more codes or classes than 16 bits' in error and '--no-cache-tokens' in error
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_cache_that_one_writes_and_stop_while_they_do(cached_run, tmp_path):
+    flags = TINY + CACHED + f'--tokenizer {cached_run}/vqvae.pt '
+    two = finish(start(flags, tmp_path / 'two', 2), tmp_path / 'two')
+    assert (two / 'tokens.bin').read_bytes() == (cached_run / 'tokens.bin').read_bytes()
+    many = flags.replace('--train-count 300', '--train-count 12000')
+    whole = finish(start(many, tmp_path / 'whole'), tmp_path / 'whole')
+    out = finish(start(many + '--stop-after-minutes 0.0001', tmp_path / 'part', 2), tmp_path / 'part')
+    assert 'stopped at step 0 of 2 of var, all saved' in said(out)
+    assert 0 in np.memmap(out / 'tokens.bin', '<u2', 'r') and not (out / 'var.pt').exists()
+    finish(start('--resume', out), out)
+    assert (out / 'tokens.bin').read_bytes() == (whole / 'tokens.bin').read_bytes()
+    assert same_weights(out / 'var.pt', whole / 'var.pt', 'var')
+
+
+# --- speed
+def test_checkpointed_blocks_keep_less_and_give_the_same_gradients():
+    var, labels, inputs = small_var(depth=4), torch.tensor([0, 2]), torch.randn(2, 38, 4)
+    noise, found = torch.rand(2, 9), []
+    for var.is_checkpointed in (False, True):
+        var.zero_grad()
+        kept = {}
+        pack = lambda tensor: kept.update({tensor.data_ptr(): tensor.nbytes}) or tensor     # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = var(labels, inputs, noise).square().mean()
+        loss.backward()
+        found.append((sum(kept.values()), [parameter.grad.clone() for parameter in var.parameters()]))
+    assert found[1][0] < 0.6 * found[0][0]
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1]))
+
+
+@pytest.mark.parametrize('mask', [None, 'block-causal'])
+def test_attention_spelled_out_is_that_of_torch(mask):
+    q, k, v = torch.randn(3, 2, 3, 39, 64).bfloat16().requires_grad_()
+    mask_LL = small_var().mask_LL if mask else None
+    for scale in (0.2, 2.0):                    # scores up to 60
+        ours = var_module.attend(q, k, v, mask_LL, scale)
+        exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask_LL, scale=scale)
+        assert ours.dtype == torch.bfloat16
+        torch.testing.assert_close(ours.double(), exact, atol=0.03, rtol=0)     # 2^-8 of values up to 4
+
+
+def test_bfloat16_logits_are_near_float32_and_choose_the_same_tokens():
+    tokenizer, var, defaults = sample.load(HERE / 'notebooks/cifar10.pt')
+    labels = torch.arange(400) % 10
+    with torch.no_grad():
+        _, tokens_BL = var.generate(tokenizer, labels, **defaults, return_tokens=True)
+        inputs_BLC = tokenizer.teacher_inputs(tokens_BL)
+        exact = var(labels, inputs_BLC)
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            logits_BLV = var(labels, inputs_BLC)
+    error, same = (logits_BLV - exact).norm() / exact.norm(), logits_BLV.argmax(-1) == exact.argmax(-1)
+    print(f'bfloat16: relative error {error:.1e}, {same.float().mean():.2%} of the likeliest tokens the same')
+    assert error <= 1e-2 and same.float().mean() >= 0.98
+
+
+def test_a_call_casts_each_weight_once(tiny_run):
+    tokenizer, var, defaults = sample.load(tiny_run / 'var.pt')
+    with torch.profiler.profile(record_shapes=True) as profile:
+        list(sample.draw(tokenizer, var, [0], 0, 1, 'bfloat16', **defaults))
+    shapes = [event.input_shapes[0] for event in profile.events() if event.name == 'aten::_to_copy']
+    assert shapes.count([16, 64]) == 1 and shapes.count([192, 64]) == 1         # head, qkv: at three scales
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='of glibc alone')
+def test_memory_that_is_freed_is_not_taken_again_page_by_page():
+    code = """
+import resource, torch, sample
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(10_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+before = faults()
+sample.keep_memory()
+faults()
+print(before, faults())
+"""
+    done = subprocess.run([sys.executable, '-c', code], cwd=HERE, capture_output=True, text=True)
+    before, after = map(int, done.stdout.split())
+    assert after < before / 2, done
+
+
+@pytest.mark.parametrize('script, flags', [
+    (train, TINY + '--bench'), (train, TINY + '--bench --no-cache-tokens'),
+    (sample, 'RUN/var.pt --bench --batch-size 3')])
+def test_bench_prints_json_and_leaves_no_file(script, flags, tiny_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script.main(flags.replace('RUN', str(tiny_run)).split())
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    whats = ['sample'] if script is sample else [f"train{'' if '--no' in flags else '_cached'}", 'sample']
+    assert [row['what'] for row in rows] == whats and not any(tmp_path.iterdir())
+    for row in rows:
+        rate = row.get('tokens_per_s') or row['images_per_s']
+        count = row['batch'] * (69 if 'tokens_per_s' in row else 1)
+        assert rate == pytest.approx(count / row['seconds'], rel=0.01) and row['peak_gib'] > 0
+        assert 0 <= row['mfu'] < 1 and row['matmul_tflop_per_s'] > 0
+        assert row['dtype'] == 'float32'
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which('g++'), reason='needs a compiler')
+def test_compiled_blocks_learn_what_others_learn(tiny_run, tmp_path):
+    out = shutil.copytree(tiny_run, tmp_path / 'run')
+    flags = f'--stage var --tokenizer {tiny_run}/vqvae.pt --depth 2 --compile '
+    fast, slow = (run(flags + more, tmp_path / name) for name, more in
+                  dict(fast='', slow='--no-compile').items())
+    assert np.abs(losses(fast, 'var') - losses(slow, 'var')).max() <= 1e-5
+    sheets = [tmp_path / 'fast.npz', tmp_path / 'slow.npz']
+    for sheet, more in zip(sheets, (['--compile'], [])):
+        sample.main([str(out / 'var.pt'), '--npz', str(sheet), '--count', '7', '--batch-size', '3', *more])
+    fast, slow = (np.load(sheet)['arr_0'].astype(int) for sheet in sheets)
+    assert np.abs(fast - slow).max() <= 1
+
+
+@pytest.mark.parametrize('script', ['train.py', f'sample.py {HERE}/notebooks/cifar10.pt'])
+def test_compiling_without_a_compiler_is_said(script, tmp_path):
+    done = subprocess.run([sys.executable, *f'{HERE}/{script} --compile --device cpu'.split()], cwd=tmp_path,
+                          capture_output=True, text=True, env=os.environ | dict(
+                              CXX=str(tmp_path / 'none'), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / 'cache')))
+    assert done.returncode == 2 and done.stderr.startswith('error: --compile: torch.compile finds no working')
+    assert done.stderr.count('\n') == 1 and not (tmp_path / 'out').exists()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')
+def test_a_step_of_training_does_not_wait_for_the_gpu():
+    args, _ = train.parse(TINY.replace('--device cpu', '--device cuda').split())
+    var = VAR(train.make(VARConfig, args)).cuda()
+    data = SimpleNamespace(count=8)
+    stage = train.Stage(SimpleNamespace(args=args, data=data, device=torch.device('cuda')), 'var', var)
+    tokenizer, labels = VQVAE(train.make(VQVAEConfig, args)).cuda(), torch.arange(8, device='cuda')
+    images = torch.rand(8, 3, 32, 32, device='cuda')
+    for mode in ('default', 'error', 'error'):
+        torch.cuda.set_sync_debug_mode(mode)
+        train.train_on(stage, tokenizer, images, labels)
+        stage.move_weights()
+    torch.cuda.set_sync_debug_mode('default')
 
 
 def test_the_schedule_warms_up_stays_and_falls_to_its_last_value(tmp_path):
@@ -963,7 +1213,7 @@ def test_help_names_every_flag_in_a_group_with_its_type_and_its_defaults(capsys)
     with pytest.raises(SystemExit):
         train.build_parser().parse_args(['--help'])
     text = ' '.join(capsys.readouterr().out.split())
-    assert '--batch-size INT images a step over all GPUs [64; shapes: 32; cifar10: 256;' in text
+    assert '--batch-size INT images a step over all GPUs [64; shapes: 16; cifar10: 256;' in text
     assert '--channel-mults INT [INT ...] multiplies channels at each level' in text
     assert '--dtype {auto,float32,bfloat16}' in text and '--no-unit-norm' in text
     places = [text.index(f'{title}: --') for title in train.FLAGS]
@@ -1185,7 +1435,7 @@ def complaint(main, arguments, capsys, monkeypatch, ignore='it/s') -> str:
         sample.run_command(main)
     lines = capsys.readouterr().err.splitlines()            # perhaps a progress bar, then the one line
     assert stop.value.code == 2 and lines[-1].startswith('error: '), lines
-    assert all(re.search('it/s|s/it|^ *$|' + ignore, line) for line in lines[:-1]), lines
+    assert all(re.search('it/s|batch/s|s/it|^ *$|' + ignore, line) for line in lines[:-1]), lines
     return lines[-1]
 
 

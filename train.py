@@ -7,9 +7,9 @@
     python train.py --resume                                    # go on from the last save in out/shapes
 
 A run leaves in --out (out/<preset>): vqvae.pt and var.pt, to use and to share; last.pt and previous.pt, to
-resume; vqvae.csv and var.csv, the logs; reconstructions.png and samples.png.
+resume; vqvae.csv and var.csv, the logs; reconstructions.png and samples.png; perhaps tokens.bin.
 
-All that is random in step s follows from (seed, s, place in the batch): images, augmentation, dropout. So a
+All that is random in step s follows from (seed, s, the image): images, augmentation, dropout. So a
 resumed run goes on as if it had never stopped (to the bit on CPUs; GPUs may add up in varying order, and
 --budget-minutes goes by the clock), and one on more processes, or that takes fewer images at once, does the
 same up to rounding (but for the adversarial term, whose adaptive weight is of the images taken at once).
@@ -56,9 +56,9 @@ from var import VAR, VARConfig
 from vqvae import VQVAE, Discriminator, VQVAEConfig
 
 # --------------------------------------------------------------------------------------------------- presets
-PRESETS = {                             # learning rates are per 256 images: 0.032 is 0.004 at a batch of 32
-    'shapes': dict(depth=2, adaln_gamma_init=0.1, batch_size=32, vqvae_steps=600, vqvae_lr=0.032,
-                   var_steps=1000, var_lr=0.016, cfg=2.0, top_p=0.8),
+PRESETS = {                             # learning rates are per 256 images: 0.064 is 0.004 at a batch of 16
+    'shapes': dict(depth=2, adaln_gamma_init=1.0, batch_size=16, vqvae_steps=750, vqvae_lr=0.064,
+                   var_steps=700, var_lr=0.064, cfg=2.0, top_p=0.8),
     'cifar10': dict(patch_size=2, channel_mults=(1, 2), vocab_size=4096, scales=(1, 2, 3, 4, 5, 6, 8),
                     depth=5, shared_adaln=True, adaln_gamma_init=1e-2, stochastic_depth=0.1, batch_size=256,
                     vqvae_steps=8000, vqvae_lr=4e-3, var_steps=12000, var_lr=2e-3, flip=True, val_count=2000,
@@ -207,21 +207,42 @@ def read_cifar10(data_dir: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 class Data:
     """Training and held-out images and labels. A step's batch follows from (seed, step) alone, and each
-    process gets its share of it, so that runs on any number of processes see the same batches."""
+    process gets its share of it, so that runs on any number of processes see the same batches.
 
-    def __init__(self, args: argparse.Namespace, count: int, val_count: int, device: torch.device | str):
+    views: as what an image can be met, for the cache of tokens. Mirrored or not, if that is all; else as it
+    was cropped in each of the first epochs, `--cache-passes` of them, after which they come again.
+    """
+
+    def __init__(self, args: argparse.Namespace, count: int, val_count: int, device, is_cropped: bool):
         self.args, self.count, self.val_count, self.device, self.epoch = args, count, val_count, device, -1
+        self.is_cropped, self.views = is_cropped, args.cache_passes if is_cropped else 1 + args.flip
+
+    def shuffled(self, epoch: int) -> tuple[Tensor, Tensor]:
+        """Numbers of all training images, in an epoch's order, and each one's noise (count, 3)."""
+        if epoch != self.epoch:
+            generator = torch.Generator().manual_seed(seed_of(self.args.seed, epoch))
+            self.order = torch.randperm(self.count, generator=generator)
+            in_order = torch.rand(self.count, 3, generator=generator)
+            self.noise = in_order[self.order.argsort()]
+            self.epoch = epoch
+        return self.order, self.noise
 
     def in_step(self, step: int, batch_size: int) -> tuple[int, Tensor, Tensor]:
         """The epoch, and of this process's training images their numbers (b,) and noise_b3 for `augment`."""
         epoch, place = divmod(step, self.count // batch_size)
-        if epoch != self.epoch:                                     # an epoch shuffles anew
-            generator = torch.Generator().manual_seed(seed_of(self.args.seed, epoch))
-            self.order = torch.randperm(self.count, generator=generator).to(self.device)
-            self.noise = torch.rand(self.count, 3, generator=generator).to(self.device)
-            self.epoch = epoch
-        batch = slice(place * batch_size, (place + 1) * batch_size)
-        return epoch, share_of(self.order[batch]), share_of(self.noise[batch])
+        order, noise = self.shuffled(epoch)
+        numbers = share_of(order[place * batch_size:(place + 1) * batch_size])
+        return epoch, numbers, noise[numbers]
+
+    def views_in_step(self, step: int, batch_size: int) -> tuple[Tensor | int, Tensor]:
+        """As which views this process's training images are met, and their numbers."""
+        epoch, numbers, noise_b3 = self.in_step(step, batch_size)
+        return epoch % self.views if self.is_cropped else self.args.flip * (noise_b3[:, 2] < 0.5), numbers
+
+    def val_batches(self, size: int):
+        """This process's held-out images and labels, without augmentation; at most `size` at once."""
+        numbers = torch.arange(rank(), self.val_count, world_size())
+        return self.load((-1, part) for part in numbers.split(size))
 
 
 class ArrayData(Data):
@@ -238,18 +259,28 @@ class ArrayData(Data):
         self.images, self.labels = (array[:args.train_count].to(device) for array in arrays[:2])
         self.val_images, self.val_labels = (array[:args.val_count].to(device) for array in arrays[2:])
         self.fingerprint = hashlib.md5(arrays[0][:args.train_count].numpy()).hexdigest()
-        super().__init__(args, len(self.images), len(self.val_images), device)
+        super().__init__(args, len(self.images), len(self.val_images), device, args.crop > 0)
 
-    def batch(self, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
-        """This process's images (b, 3, S, S) in [-1, 1] and labels of training step `step`."""
-        _, numbers, noise_b3 = self.in_step(step, batch_size)
+    def take(self, numbers: Tensor, noise_b3: Tensor) -> tuple[Tensor, Tensor]:
+        """Training images (b, 3, S, S) in [-1, 1], augmented as the noise says, and labels."""
+        numbers, noise_b3 = (to_device(tensor, self.device) for tensor in (numbers, noise_b3))
         images = augment(to_float(self.images[numbers]), noise_b3, self.args.flip, self.args.crop)
         return images, self.labels[numbers]
 
-    def val_batches(self, size: int):
-        """This process's held-out images and labels, without augmentation."""
-        for numbers in torch.arange(rank(), self.val_count, world_size()).split(size):
-            yield to_float(self.val_images[numbers]), self.val_labels[numbers]
+    def batch(self, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
+        """This process's images (b, 3, S, S) in [-1, 1] and labels of training step `step`."""
+        return self.take(*self.in_step(step, batch_size)[1:])
+
+    def load(self, batches):
+        """Images (b, 3, S, S) in [-1, 1] and labels; a batch is (view, numbers), view -1 of held-out ones."""
+        for view, numbers in batches:
+            if view < 0:
+                yield to_float(self.val_images[numbers]), self.val_labels[numbers]
+            elif self.is_cropped:
+                yield self.take(numbers, self.shuffled(view)[1][numbers])
+            else:
+                noise_b3 = torch.full((len(numbers), 3), 0.0 if view else 0.5)      # 0: mirrored
+                yield self.take(numbers, noise_b3)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -269,7 +300,8 @@ def augment(images_B3HW: Tensor, noise_B3: Tensor, flip: bool, crop: int) -> Ten
     if flip:
         columns = torch.where(noise_B3[:, 2:] < 0.5, W - 1 - columns, columns)
     y, x = rows.clamp(0, H - 1)[:, :, None], columns.clamp(0, W - 1)[:, None, :]
-    return images_B3HW[torch.arange(B)[:, None, None], :, y, x].permute(0, 3, 1, 2).contiguous()
+    images = torch.arange(B, device=device)[:, None, None]
+    return images_B3HW[images, :, y, x].permute(0, 3, 1, 2).contiguous()
 
 
 IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.ppm', '.tif', '.tiff')
@@ -304,16 +336,16 @@ class FolderData(Data):
                                 for found, count in ((train, args.train_count), (val, args.val_count)))
         text = '\n'.join(os.path.relpath(path, folder) for path, _ in self.train + self.val)
         self.fingerprint = hashlib.md5(os.fsencode(text)).hexdigest()
-        self.broken, self.size, self.target, self.next = set(), image_size, device, None
+        self.broken, self.size, self.next = set(), image_size, None
         cores = os.cpu_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         threads = min(12, cores - 1) if args.workers is None else args.workers
         self.workers = ThreadPoolExecutor(max(1, threads))
-        super().__init__(args, len(self.train), len(self.val), 'cpu')
+        super().__init__(args, len(self.train), len(self.val), device, is_cropped=True)
 
-    def read(self, found: list[tuple[str, str]], epoch: int, number: int) -> tuple[np.ndarray, str]:
-        """An image, uint8 (S, S, 3), and its class. The crop follows from (seed, epoch, number); in epoch -1
-        it is the centre. For an image that cannot be read, its neighbour stands in."""
-        total = self.count + self.val_count
+    def read(self, epoch: int, number: int) -> tuple[np.ndarray, str]:
+        """An image, uint8 (S, S, 3), and its class. The crop follows from (seed, epoch, number); epoch -1 is
+        held-out images, their centres. For an image that cannot be read, its neighbour stands in."""
+        found, total = self.train if epoch >= 0 else self.val, self.count + self.val_count
         for number in itertools.chain(range(number, len(found)), range(number)):
             path, class_name = found[number]
             random = np.random.default_rng((self.args.seed, epoch, number)) if epoch >= 0 else None
@@ -329,29 +361,24 @@ class FolderData(Data):
                   f'{total} images are broken, more than 1%; mend or remove them (they are named above)')
         raise UserError(f'--data-dir {self.args.data_dir}: all {len(found)} images of one kind are broken')
 
-    def load(self, found: list[tuple[str, str]], batches):
+    def load(self, batches):
         """Images (b, 3, S, S) in [-1, 1] and labels; a batch is (epoch, numbers). Four are read ahead."""
         ahead = deque()
-        for epoch, numbers in itertools.chain(batches, [(0, [])] * 4):
-            ahead.append([self.workers.submit(self.read, found, epoch, number) for number in numbers])
+        for epoch, numbers in itertools.chain(batches, [(0, torch.empty(0))] * 4):
+            ahead.append([self.workers.submit(self.read, epoch, number) for number in numbers.tolist()])
             if len(ahead) > 4:
                 images, names = zip(*(future.result() for future in ahead.popleft()))
-                images = to_device(torch.from_numpy(np.stack(images)), self.target)
-                labels = to_device(torch.from_numpy(np.searchsorted(self.class_names, names)), self.target)
+                images = to_device(torch.from_numpy(np.stack(images)), self.device)
+                labels = to_device(torch.from_numpy(np.searchsorted(self.class_names, names)), self.device)
                 yield to_float(images.permute(0, 3, 1, 2).contiguous()), labels
 
     def batch(self, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
         """This process's images (b, 3, S, S) in [-1, 1] and labels of training step `step`."""
         if (step, batch_size) != self.next:
             steps = (self.in_step(later, batch_size) for later in itertools.count(step))
-            self.batches = self.load(self.train, ((epoch, numbers.tolist()) for epoch, numbers, _ in steps))
+            self.batches = self.load((epoch, numbers) for epoch, numbers, _ in steps)
         self.next = step + 1, batch_size
         return next(self.batches)
-
-    def val_batches(self, size: int):
-        """This process's held-out images and labels, their centres."""
-        parts = torch.arange(rank(), self.val_count, world_size()).split(size)
-        return self.load(self.val, ((-1, numbers.tolist()) for numbers in parts))
 
 
 def load_data(args: argparse.Namespace, image_size: int, device: torch.device) -> Data:
@@ -366,6 +393,114 @@ def load_data(args: argparse.Namespace, image_size: int, device: torch.device) -
               f'{max(1, size // world_size()) * world_size()} would do')
     check(data.val_count >= world_size(), f'--val-count {data.val_count}: fewer than there are processes')
     return data
+
+
+CACHED_AT_ONCE = 64             # images, at most; in other batches rounding may differ
+
+
+class TokenData:
+    """What the tokenizer makes of a data set, read from tokens.bin in --out, where it is written at first.
+
+    A row for each image in each of its views (see Data), held-out ones last: its label and its tokens, plus
+    1, for 0 is what isn't written yet; uint16. tokens.txt says of which tokenizer and images they are.
+    """
+
+    def __init__(self, stage: 'Stage', tokenizer: VQVAE):
+        self.stage, self.data, self.path = stage, stage.run.data, stage.run.out / 'tokens.bin'
+        data = self.data
+        self.shape = data.views * data.count + data.val_count, 1 + sum(tokenizer.scale_lengths)
+        with rank_0_first():
+            if rank() == 0:
+                self.claim(stage.args, tokenizer)
+        kinds = [(view, data.count) for view in range(data.views)] + [(-1, data.val_count)]
+        at_once = min(CACHED_AT_ONCE, stage.micro_batch_size)
+        parts = [(view, part) for view, count in kinds for part in torch.arange(count).split(at_once)]
+        ends = np.cumsum([len(part) for _, part in parts])
+        lacking = self.find_lacking(ends, tokenizer)
+        mine = lacking[rank()::world_size()]
+        self.write(tokenizer, [parts[i] for i in mine], [int(ends[i]) - len(parts[i][1]) for i in mine],
+                   rounds=math.ceil(len(lacking) / world_size()))
+        check(not lacking or not self.find_lacking(ends, tokenizer), f'{self.path}: lacks tokens though all '
+              'processes wrote theirs; is it the same file for all? choose an --out that all share')
+        self.tokens = self.rows()               # opened when all is written, for folders that machines share
+        views = 'random crops' if data.is_cropped else 'exact views'
+        say(f'var: trains on tokens, {data.views} {views} of each image: {self.path}, '
+            f'{self.path.stat().st_size / 2 ** 20:,.1f} MiB')
+
+    def rows(self) -> np.ndarray:
+        return np.memmap(self.path, '<u2', 'r', shape=self.shape)
+
+    def claim(self, args: argparse.Namespace, tokenizer: VQVAE):
+        """Makes the file, of zeros, or finds the one that a stopped run left."""
+        note, size, data = self.path.with_suffix('.txt'), 2 * math.prod(self.shape), self.data
+        check(fits_16_bits(self.stage, tokenizer), '--cache-tokens: more codes or classes than 16 bits can '
+              'tell apart; say --no-cache-tokens')
+        made = dict(tokenizer=sample.fingerprint([*tokenizer.state_dict().values()]), images=data.fingerprint,
+                    dtype=sample.choose_dtype(self.stage.run.device, args.dtype), flip=args.flip,
+                    crop=args.crop, views=data.views, val_count=data.val_count,
+                    seed=args.seed if data.is_cropped else None, **asdict(tokenizer.config))
+        if note.exists() and self.path.exists():
+            others, found = sample.differing(note, made), self.path.stat().st_size
+            check(not others, f'{self.path}: holds tokens of another {", ".join(others)}; remove it, and it '
+                  'is written anew, or choose another --out')
+            check(found == size, f'{self.path}: torn, has {found} bytes instead of {size}; remove it, and it '
+                  'is written anew')
+        else:
+            self.path.unlink(missing_ok=True)
+            free = shutil.disk_usage(self.path.parent).free
+            check(free > size, f'--cache-tokens: {self.path} takes {size / 2 ** 30:,.1f} GiB, but only '
+                  f'{free / 2 ** 30:,.1f} are free; say fewer --cache-passes or --no-cache-tokens')
+            sample.save_file(self.path, lambda file: file.truncate(size))
+            sample.write_note(note, made)       # last: with it, the file counts
+
+    @rank_0_first()
+    def check_rows(self, rows: np.ndarray, tokenizer: VQVAE):
+        check(rows[0] <= len(self.data.class_names) and rows[1:].max() <= tokenizer.config.vocab_size,
+              f'{self.path}: damaged, holds tokens or labels that there are none of; remove it, and it is '
+              'written anew')
+
+    def find_lacking(self, ends: np.ndarray, tokenizer: VQVAE) -> list[int]:
+        """Which batches are not wholly there, as rank 0 sees it."""
+        lacking, largest = [], np.zeros(self.shape[1], np.uint16)
+        for i, rows in enumerate(np.split(self.rows(), ends[:-1]) if rank() == 0 else ()):
+            np.maximum(largest, rows.max(0), out=largest)
+            lacking += [] if rows.all() else [i]
+        self.check_rows(largest, tokenizer)
+        return from_rank_0(lacking)
+
+    def write(self, tokenizer: VQVAE, parts: list, starts: list[int], rounds: int):
+        """Writes this process's share of what is lacking; all stop together if one has to."""
+        stage, width, batches = self.stage, 2 * self.shape[1], self.data.load(parts)
+        with open(os.open(self.path, os.O_WRONLY), 'wb') as file:       # no page of others' rows is read
+            for i in tqdm(range(rounds), desc='tokens', unit='batch', disable=rank() > 0 or not rounds):
+                if i < len(parts):                  # in the last round, some have none
+                    images, labels = next(batches)
+                    with autocast(stage.run.device, stage.args.dtype):
+                        rows = torch.cat([labels[:, None], tokenizer.encode(images)], dim=1) + 1
+                    file.seek(starts[i] * width)
+                    file.write(rows.cpu().numpy().astype('<u2').tobytes())
+                if i % 16 == 0:
+                    stage.agree()
+                    if stage.is_stop:
+                        break
+        stage.agree()
+        if stage.is_stop:
+            stage.stop()
+
+    def read(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens_BL and labels of these rows."""
+        values = torch.from_numpy(self.tokens[rows.numpy()].astype(np.int64) - 1)
+        values = to_device(values, self.data.device)
+        return values[:, 1:], values[:, 0]
+
+    def batch(self, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
+        """Of this process's images of training step `step`."""
+        view, numbers = self.data.views_in_step(step, batch_size)
+        return self.read(view * self.data.count + numbers)
+
+    def val_batches(self, size: int):
+        for numbers in torch.arange(rank(), self.data.val_count, world_size()).split(size):
+            yield self.read(self.data.views * self.data.count + numbers)
 
 
 # ----------------------------------------------------------------------------------- stage 1, the tokenizer
@@ -385,6 +520,7 @@ def train_tokenizer(run: SimpleNamespace, tokenizer: VQVAE):
     if args.adversarial_weight:
         discriminator = Discriminator(args.discriminator_channels).to(run.device)
         stage.add('discriminator', discriminator, betas=(0.5, 0.9), weight_decay=0.0)
+    stage.enter()
     for step in stage.steps():
         images, _ = run.data.batch(step, stage.batch_size)
         if step % args.revive_every_steps == 0 and stage.done <= 0.75:          # later, the codebook settles
@@ -502,20 +638,14 @@ def train_transformer(run: SimpleNamespace, var: VAR, tokenizer: VQVAE):
     args, path = run.args, run.out / 'var.pt'
     sampling = {name: getattr(args, name) for name in SAMPLING}
     stage = Stage(run, 'var', var)
-    network, lowest_loss = stage.networks['model'], torch.tensor(math.inf)
-    stage.state['lowest_loss'] = lowest_loss
+    lowest_loss = stage.state['lowest_loss'] = torch.tensor(math.inf)
+    stage.enter()
+    data = TokenData(stage, tokenizer) if is_cached(stage, tokenizer) and not stage.is_over else run.data
     for step in stage.steps():
-        images, labels = run.data.batch(step, stage.batch_size)
-        generator = torch.Generator().manual_seed(seed_of(args.seed, step, 2))
-        noise_BN = torch.rand(stage.batch_size, 1 + 2 * var.config.depth, generator=generator)
-        noise_BN = to_device(share_of(noise_BN), run.device)
-        for images, labels, noise_BN in stage.parts(images, labels, noise_BN):
-            with autocast(run.device, args.dtype):
-                loss_BL, right_BL = transformer_loss(network, tokenizer, images, labels, noise_BN)
-            stage.backward(loss_BL.mean(), dict(loss=loss_BL.mean(0), accuracy=right_BL.float().mean(0)))
+        train_on(stage, tokenizer, *data.batch(step, stage.batch_size))
         stage.update()
         if stage.is_time_to_validate:
-            row = validate_transformer(stage, var, tokenizer)
+            row = validate_transformer(stage, var, tokenizer, data)
             stage.report(row)
             is_best = row['loss'] < lowest_loss.item() or not path.exists()
             lowest_loss.fill_(min(lowest_loss.item(), row['loss']))
@@ -526,22 +656,50 @@ def train_transformer(run: SimpleNamespace, var: VAR, tokenizer: VQVAE):
                 say('not its lowest loss, so var.pt stays that of an earlier step')
 
 
-def transformer_loss(network, tokenizer: VQVAE, images: Tensor, labels: Tensor,
+def fits_16_bits(stage: 'Stage', tokenizer: VQVAE) -> bool:
+    return max(tokenizer.config.vocab_size, len(stage.run.data.class_names)) < 2 ** 16
+
+
+def is_cached(stage: 'Stage', tokenizer: VQVAE) -> bool:
+    """As --cache-tokens says; else where tokens are those without a cache, and each is met once or more."""
+    args, data = stage.args, stage.run.data
+    if args.cache_tokens is None:
+        is_longer = stage.budget or stage.total * stage.batch_size >= data.views * data.count
+        is_same = isinstance(data, ArrayData) and not data.is_cropped
+        return bool(is_same and is_longer and fits_16_bits(stage, tokenizer))
+    return args.cache_tokens
+
+
+def train_on(stage: 'Stage', tokenizer: VQVAE, batch: Tensor, labels: Tensor):
+    """The gradients of a step, on this process's share of its images or of their tokens."""
+    depth = unwrapped(stage.networks['model']).config.depth
+    generator = torch.Generator().manual_seed(seed_of(stage.args.seed, stage.step, 2))
+    noise_BN = torch.rand(stage.batch_size, 1 + 2 * depth, generator=generator)
+    noise_BN = to_device(share_of(noise_BN), stage.run.device)
+    for batch, labels, noise_BN in stage.parts(batch, labels, noise_BN):
+        with autocast(stage.run.device, stage.args.dtype):
+            loss_BL, right_BL = transformer_loss(stage.networks['model'], tokenizer, batch, labels, noise_BN)
+        stage.backward(loss_BL.mean(), dict(loss=loss_BL.mean(0), accuracy=right_BL.float().mean(0)))
+
+
+def transformer_loss(network, tokenizer: VQVAE, batch: Tensor, labels: Tensor,
                      noise_BN: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each token given all coarser scales, (B, L), and whether it was thought likeliest."""
-    tokens_BL = tokenizer.encode(images)            # in the released code outside of autocast
+    """Cross-entropy of each token given all coarser scales, (B, L), and whether it was thought likeliest.
+    batch: images, or their tokens."""
+    # of images, in the released code outside of autocast
+    tokens_BL = tokenizer.encode(batch) if batch.is_floating_point() else batch
     logits_BLV = network(labels, tokenizer.teacher_inputs(tokens_BL), noise_BN)
     loss = F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL.flatten(), reduction='none')
     return loss.view_as(tokens_BL), logits_BLV.argmax(-1) == tokens_BL
 
 
 @torch.no_grad()
-def validate_transformer(stage: 'Stage', var: VAR, tokenizer: VQVAE) -> dict[str, float]:
+def validate_transformer(stage: 'Stage', var: VAR, tokenizer: VQVAE, data) -> dict[str, float]:
     """Loss and accuracy on held-out images, each with its own label, in all and scale by scale."""
     loss_L, right_L = torch.zeros(2, sum(stage.lengths), device=stage.run.device)
-    for images, labels in stage.run.data.val_batches(stage.micro_batch_size):
+    for batch, labels in data.val_batches(stage.micro_batch_size):
         with autocast(stage.run.device, stage.args.dtype):
-            loss_BL, right_BL = transformer_loss(var, tokenizer, images, labels)
+            loss_BL, right_BL = transformer_loss(var, tokenizer, batch, labels)
         loss_L, right_L = loss_L + loss_BL.sum(0), right_L + right_BL.sum(0)
     N = stage.run.data.val_count
     row = stage.by_scale(dict(loss=all_sum(loss_L) / N, accuracy=all_sum(right_L) / N))
@@ -596,7 +754,7 @@ class Stage:
         self.scales = [f'_{side}x{side}' for side in model.config.scales]
         self.step, self.seconds = 0, 0.0            # trained so far, over all resumes
         self.networks, self.optimizers, self.state = {}, {}, {}
-        self.log, self.metrics, self.unread = [], [], []
+        self.log, self.metrics, self.unread, self.started = [], [], [], None
         self.add('model', model, (0.9, 0.95), own['weight_decay'])
 
     def add(self, name: str, module: torch.nn.Module, betas: tuple[float, float], weight_decay: float):
@@ -613,15 +771,18 @@ class Stage:
     def is_over(self) -> bool:
         return self.seconds >= self.budget if self.budget else self.step >= self.total
 
-    def steps(self):
-        """The loop around a step: before it the learning rate, after it saves and stops."""
+    def enter(self):
+        """Goes on where a save left off, or makes the first save: from here on, the run can be killed."""
         self.restore()
         if self.step == 0:
-            self.save()                             # from here on, the run can be killed and resumed
+            self.save()
         count = sum(parameter.numel() for parameter in self.networks['model'].parameters())
         aim = f'{self.budget / 60:.3g} minutes of training' if self.budget else self.total
         say(f'{self.name}: {count / 1e6:.2f}M parameters, steps {self.step} to {aim}')
-        self.started, self.images, self.busy, self.is_stop = None, 0, 0.0, False
+
+    def steps(self):
+        """The loop around a step: before it the learning rate, after it saves and stops."""
+        self.started, self.images, self.busy, self.is_stop = None, 0, 0.0, False    # of this session
         with tqdm(desc=self.name, initial=self.step, total=self.total, disable=rank() > 0) as self.bar:
             while not (self.is_over or self.is_stop):
                 self.set_schedule()
@@ -630,11 +791,14 @@ class Stage:
                 if self.is_time_to_validate or self.is_stop:
                     self.save()
         if self.is_stop:
-            processes = os.environ.get('LOCAL_WORLD_SIZE')
-            launcher = f'torchrun --nproc-per-node {processes}' if processes else 'python'
-            say(f'stopped at step {self.step} of {self.bar.total} of {self.name}, all saved; to go on: '
-                f'{launcher} train.py --resume --out {shlex.quote(str(self.run.out))}')
-            leave(128 + self.signal if self.signal else 0)
+            self.stop()
+
+    def stop(self):
+        processes = os.environ.get('LOCAL_WORLD_SIZE')
+        launcher = f'torchrun --nproc-per-node {processes}' if processes else 'python'
+        say(f'stopped at step {self.step} of {self.total} of {self.name}, all saved; to go on: '
+            f'{launcher} train.py --resume --out {shlex.quote(str(self.run.out))}')
+        leave(128 + self.signal if self.signal else 0)
 
     def set_schedule(self):
         self.lr_now = self.lr * learning_rate(self.done, self.last_lr)
@@ -661,17 +825,20 @@ class Stage:
         for name, value in metrics.items():
             self.row[name] = self.row.get(name, 0.0) + self.weight * value.detach()
 
-    def update(self):
-        """Ends a step: moves the weights, looks what is due, and logs a line if that is."""
+    def move_weights(self):
         for name, optimizer in self.optimizers.items():
             learning = [w for group in optimizer.param_groups for w in group['params'] if w.grad is not None]
             if learning:                            # a discriminator doesn't before its start
                 self.row[f'{name}_gradient'] = torch.nn.utils.clip_grad_norm_(learning, 2.0)
                 optimizer.step()
                 optimizer.zero_grad()
+
+    def update(self):
+        """Ends a step: moves the weights, looks what is due, and logs a line if that is."""
+        self.move_weights()
         self.unread.append(self.row)
         self.step, self.images = self.step + 1, self.images + self.batch_size
-        self.agree_on_time()
+        self.agree()
         self.is_time_to_validate = self.is_over or self.step % self.args.save_every_steps == 0
         is_time_to_log = self.is_over or self.step % self.args.log_every_steps == 0
         if is_time_to_log or self.is_time_to_validate or self.is_stop:
@@ -686,20 +853,23 @@ class Stage:
             self.write_log('train', rates | row)
             self.bar.set_postfix_str(f'{list(row)[0]} {list(row.values())[0]:.3f}, {speed:.0f} images/s')
         if self.budget and self.seconds:
-            self.bar.total = round(self.step / self.done)
+            self.bar.total = self.total = round(self.step / self.done)
         self.bar.update()
 
-    def agree_on_time(self):
-        """The latest clock of all processes, without the first step of a session, which waits for workers and
-        kernels; and whether to stop, for a signal that any of them was sent or by --stop-after-minutes."""
+    def is_asked_to_stop(self) -> bool:
+        minutes = (time.monotonic() - self.run.began) / 60
+        return bool(self.run.signals) or minutes >= (self.args.stop_after_minutes or math.inf)
+
+    def agree(self):
+        """Of all processes: the latest clock, without the first step of a session, which waits for workers
+        and kernels; a signal that any was sent; whether to stop, for that or by --stop-after-minutes."""
         now = time.monotonic()
         self.started = now - self.seconds if self.started is None else self.started
-        found = [now - self.started, (now - self.run.began) / 60, max(self.run.signals, default=0)]
+        found = [now - self.started, max(self.run.signals, default=0), self.is_asked_to_stop()]
         found = torch.tensor(found, dtype=torch.float64)
         if dist.is_initialized():
             dist.all_reduce(found, dist.ReduceOp.MAX)
-        self.seconds, minutes, self.signal = *found[:2].tolist(), int(found[2])
-        self.is_stop = self.signal > 0 or minutes >= (self.args.stop_after_minutes or math.inf)
+        self.seconds, self.signal, self.is_stop = found[0].item(), int(found[1]), bool(found[2])
 
     def read_metrics(self):
         """Makes numbers of what the last steps left on the device, averaged over all processes."""
@@ -780,9 +950,10 @@ class Stage:
 # -------------------------------------------------------------------------------------- the folder of a run
 COUNTERS = 'step seconds log metrics'.split()                   # of a stage, saved as they are
 SAVED = {*COUNTERS, 'settings', 'data', 'stage', 'unfinished', 'weights', 'optimizers', 'state'}
-NOT_SAVED = 'out resume overwrite stop_after_minutes given'.split()
-MAY_CHANGE = ('device dtype workers data_dir micro_batch_size vqvae_micro_batch_size log_every_steps '
-              'save_every_steps vqvae_lr var_lr').split()       # by flags beside --resume
+NOT_SAVED = 'out resume overwrite stop_after_minutes bench given'.split()
+MAY_CHANGE = ('device dtype workers compile activation_checkpointing cache_tokens cache_passes data_dir '
+              'micro_batch_size vqvae_micro_batch_size log_every_steps save_every_steps '
+              'vqvae_lr var_lr').split()                        # by flags beside --resume
 
 
 def read_resume(out: Path, mmap: bool = False) -> dict | None:
@@ -805,7 +976,7 @@ def claim_folder(out: Path, args: argparse.Namespace, stages: list[str]) -> list
         last = read_resume(out, mmap=True)
         check(not (held or last and last.get('unfinished', True)), f'--out {out}: already holds a run; '
               '--resume goes on with it, --overwrite replaces it, or choose another --out')
-    return [*held, out / 'previous.pt'] if args.overwrite else []
+    return [*held, out / 'previous.pt', out / 'tokens.bin', out / 'tokens.txt'] if args.overwrite else []
 
 
 def tokenizer_for_stage_2(args: argparse.Namespace, out: Path, saved: dict | None) -> VQVAE:
@@ -858,6 +1029,9 @@ FLAGS = {                               # name, type, default, help; or a field 
         ('val_count', COUNT, 1000, 'held-out images that are looked at in a validation, at most'),
         ('flip', bool, False, 'mirror half of the training images'),
         ('crop', ANY_COUNT, 0, 'shift drawn shapes and CIFAR-10 by up to so many pixels'),
+        ('cache_tokens', bool, None, 'stage 2 reads tokens, written once; absent: for drawn shapes and '
+         'CIFAR-10 without --crop, if it meets each image at least once'),
+        ('cache_passes', COUNT, 8, 'how many random crops of an image are cached'),
         ('seed', SEED, 0, 'all that is random follows from it')],
     'schedule': [
         ('stage', ['vqvae', 'var', 'both'], 'both', 'what to train'),
@@ -893,6 +1067,11 @@ FLAGS = {                               # name, type, default, help; or a field 
         ('top_k', ANY_COUNT, 900, 'likewise'),
         ('top_p', SHARE, 0.96, 'likewise')],
     'the machine': [
+        ('compile', bool, False, 'compile the blocks of the transformer, by torch.compile'),
+        ('activation_checkpointing', bool, False, 'keep only the inputs of blocks, and compute the rest '
+         'again in the backward pass: less memory, more time'),
+        ('bench', bool, False, 'train nothing: time a step of stage 2 on random tokens (--no-cache-tokens: '
+         'images), and sampling; a JSON line each'),
         ('micro_batch_size', COUNT, None, 'images a GPU takes at once, at most; absent: all its share'),
         ('vqvae_micro_batch_size', COUNT, None, 'the same of stage 1; absent: --micro-batch-size'),
         ('workers', ANY_COUNT, None, 'threads that read images, for each GPU; absent: by its cores')]}
@@ -953,6 +1132,34 @@ def make(config_class, args: argparse.Namespace, **more):
         return config_class(**{name: getattr(args, name) for name in names} | more)
 
 
+def bench(args: argparse.Namespace, device: torch.device):
+    """Times stage 2 and sampling with these settings, on random weights and data."""
+    tokenizer = VQVAE(make(VQVAEConfig, args)).to(device).requires_grad_(False)
+    var = VAR(make(VARConfig, args)).to(device)
+    var.is_checkpointed = args.activation_checkpointing
+    B, config = args.batch_size, tokenizer.config
+    data = SimpleNamespace(count=B)
+    stage = Stage(SimpleNamespace(args=args, data=data, device=device), 'var', var)
+    images = torch.rand(B, 3, config.image_size, config.image_size, device=device) * 2 - 1
+    tokens_BL = torch.randint(config.vocab_size, (B, sum(stage.lengths)), device=device)
+    labels_B = torch.randint(var.config.num_classes, (B,), device=device)
+    is_cached, flops = args.cache_tokens is not False, sample.flops_of(config, var.config)
+
+    def step():
+        train_on(stage, tokenizer, tokens_BL if is_cached else images, labels_B)
+        stage.move_weights()
+    if args.compile:
+        tokenizer.decoder.compile()
+        for block in var.blocks:
+            block.compile()
+    said = dict(dtype=sample.choose_dtype(device, args.dtype), batch=B, depth=args.depth,
+                micro_batch=stage.micro_batch_size, compile=args.compile)
+    sample.bench('train_cached' if is_cached else 'train', step, device, 'tokens', tokens_BL.numel(),
+                 B * (flops['train'] + (0 if is_cached else flops['encode'])), **said)
+    how = {name: getattr(args, name) for name in SAMPLING}
+    sample.bench_sampling(tokenizer, var, B, args.dtype, how, compile=args.compile)
+
+
 def main(argv: list[str]):
     began = time.monotonic()
     start_processes()
@@ -964,6 +1171,11 @@ def main(argv: list[str]):
             stages = ['var']
         out, device = Path(args.out or f'out/{args.preset}'), sample.choose_device(args.device)
         torch.manual_seed(args.seed)
+        if args.compile:
+            sample.check_compiler(device)
+        if args.bench:
+            check(world_size() == 1, '--bench: times one process')
+            return bench(args, device)
         check(args.tokenizer is None or args.stage == 'var', '--tokenizer: goes with --stage var')
         tokenizer = (VQVAE(make(VQVAEConfig, args)) if 'vqvae' in stages else
                      tokenizer_for_stage_2(args, out, saved))
@@ -995,6 +1207,10 @@ def main(argv: list[str]):
             torch.manual_seed(args.seed)                        # as if stage 2 were trained alone
             var = VAR(make(VARConfig, args, num_classes=len(data.class_names), scales=config.scales,
                            vocab_size=config.vocab_size, z_channels=config.z_channels)).to(device)
+            var.is_checkpointed = args.activation_checkpointing
+            if args.compile:
+                for block in var.blocks:
+                    block.compile()
             train_transformer(run, var, tokenizer)
     images = [str(out / dict(vqvae='reconstructions.png', var='samples.png')[stage]) for stage in stages]
     say(f"done in {time.monotonic() - began:.0f} s; look at {' and then at '.join(images)}")

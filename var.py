@@ -31,6 +31,7 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 HEAD_WIDTH = 64
 MAX_SHARPNESS = 100.0             # of cosine attention, see Attention
@@ -75,6 +76,18 @@ class VARConfig:
             raise ValueError(f'scales={self.scales}: must start at 1 and rise, two scales or more')
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, mask_ll: Tensor | None, scale: float) -> Tensor:
+    """Each place's mean of v, weighted by the softmax of its q . k * scale over the places that it sees."""
+    if q.requires_grad and q.device.type == 'cpu' and q.dtype == torch.bfloat16:
+        # torch's own takes twice as long there, backwards
+        with torch.autocast('cpu', enabled=False):
+            scores = scale * q.float() @ k.float().transpose(-1, -2)        # sharp ones need float32
+            if mask_ll is not None:
+                scores = scores + torch.zeros(mask_ll.shape).masked_fill(~mask_ll, -math.inf)
+            return scores.softmax(-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_ll, scale=scale)
+
+
 class Attention(nn.Module):
     def __init__(self, config: VARConfig):
         super().__init__()
@@ -101,7 +114,7 @@ class Attention(nn.Module):
             end = start + x_BlD.shape[1]
             cache[0, :, :, start:end], cache[1, :, :, start:end] = k, v
             k, v = cache[:, :, :, :end]
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_ll, scale=scale)
+        x = attend(q, k, v, mask_ll, scale)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
@@ -150,7 +163,7 @@ class VAR(nn.Module):
 
     def __init__(self, config: VARConfig):
         super().__init__()
-        self.config = config
+        self.config, self.is_checkpointed = config, False
         D, L, K, depth = config.width, sum(config.lengths), len(config.scales), config.depth
         self.class_embedding = nn.Embedding(config.num_classes + 1, D)
         self.start_position = nn.Parameter(torch.empty(1, 1, D))        # as released, on top of position 0
@@ -209,7 +222,13 @@ class VAR(nn.Module):
     def transform(self, x_BlD: Tensor, modulations: list, mask_ll=None, caches=None, start=0) -> Tensor:
         """Blocks and head: (B, l, D) -> logits (B, l, V), computed in the autocast type, given as float32."""
         for i, block in enumerate(self.blocks):
-            x_BlD = block(x_BlD, modulations[i], mask_ll, None if caches is None else caches[i], start)
+            if caches is not None or not torch.is_grad_enabled():       # as it is, even if it was compiled:
+                cache = None if caches is None else caches[i]           # each size would be compiled anew
+                x_BlD = block.forward(x_BlD, modulations[i], mask_ll, cache, start)
+            elif self.is_checkpointed:              # keeps x alone, and computes the rest again when needed
+                x_BlD = checkpoint(block, x_BlD, modulations[i], mask_ll, use_reentrant=False)
+            else:
+                x_BlD = block(x_BlD, modulations[i], mask_ll)
         return self.head(modulate(x_BlD, *modulations[-1])).float()
 
     # --- training
@@ -275,8 +294,11 @@ class VAR(nn.Module):
             # no mask: the cache ends with scale k, within which all places see each other
             logits_NlV = self.transform(x_NlD, modulations, None, caches, start)
             t = cfg * k / (K - 1)
-            logits_BlV = ((1 + t) * logits_NlV[:B] - t * logits_NlV[B:] if cfg else logits_NlV) / temperature
-            finite.append(logits_BlV.isfinite().all())
+            logits_BlV = logits_NlV[:B]
+            if cfg:                                         # (1 + t) * conditional - t * unconditional
+                logits_BlV = (logits_BlV - logits_NlV[B:]).mul_(t).add_(logits_BlV)
+            logits_BlV = logits_BlV if temperature == 1 else logits_BlV / temperature
+            finite.append(logits_BlV.sum().isfinite())
             drawn_Bl = draw_tokens(logits_BlV, noise_Bl, top_k, top_p)
             tokens.append(torch.where(kept_Bl < 0, drawn_Bl, kept_Bl))
             codes = tokens[-1]                                  # or mixtures of them
@@ -351,6 +373,5 @@ def mix_codes(logits_BlV: Tensor, gumbel_BlV: Tensor, kept_Bl: Tensor, top_k: in
     temperature = 0.27 * (1 - 0.95 * progress)                  # the released constants
     noisy_BlV = ((1 + progress) * logits_BlV + gumbel_BlV) / temperature
     weights_BlV = noisy_BlV.masked_fill(logits_BlV < least_kept_Bl1, -math.inf).softmax(-1)
-    is_kept_Bl = kept_Bl >= 0
-    weights_BlV[is_kept_Bl] = F.one_hot(kept_Bl[is_kept_Bl], logits_BlV.shape[-1]).to(weights_BlV)
-    return weights_BlV
+    kept_BlV = torch.zeros_like(weights_BlV).scatter_(-1, kept_Bl.clamp(min=0)[..., None], 1.0)
+    return torch.where(kept_Bl[..., None] < 0, weights_BlV, kept_BlV)

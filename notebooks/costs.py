@@ -12,27 +12,15 @@ import sys
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from sample import COUNT, Parser, number, run_command                       # noqa: E402
+from sample import COUNT, Parser, flops_of, number, run_command             # noqa: E402
 from train import POSITIVE, make, parse                                     # noqa: E402
 from var import VAR, VARConfig                                              # noqa: E402
-from vqvae import VQVAE, VQVAEConfig                                        # noqa: E402
+from vqvae import VQVAEConfig                                               # noqa: E402
 
 ACTIVATION_BYTES = 51                   # kept for the backward pass for each token, block and unit of width
 LOGIT_BYTES = 12                        # of each token and code: the logits, their softmax, its gradient
-
-
-def var_flops(config: VARConfig, tokens: int, pairs: int) -> int:
-    """FLOPs of one image through the transformer: a multiplication and an addition are two.
-
-    tokens: places that pass through it; pairs: of query and key, over all places, in one block. The class is
-    projected for AdaLN once, in training and in sampling.
-    """
-    D, adaln = config.width, 1 if config.shared_adaln else config.depth
-    blocks = config.depth * (24 * D * D * tokens + 4 * D * pairs)       # q, k, v, proj: 8 D^2; MLP: 16 D^2
-    return blocks + 2 * D * config.vocab_size * tokens + (adaln * 12 + 4) * D * D
 
 
 def cost(args: argparse.Namespace, gpus: int = 8, tflops: float = 989.0, mfu: float = 0.4) -> dict:
@@ -40,19 +28,9 @@ def cost(args: argparse.Namespace, gpus: int = 8, tflops: float = 989.0, mfu: fl
     count, num_classes = dict(shapes=(args.train_count or 12_000, 10), cifar10=(50_000, 10)).get(
         args.preset.removesuffix('-cpu'), (1_281_167, 1000))
     with torch.device('meta'):
-        tokenizer = VQVAE(make(VQVAEConfig, args))
         var = VAR(make(VARConfig, args, num_classes=num_classes))
-        images = torch.empty(1, 3, args.image_size, args.image_size)
-    with FlopCounterMode(display=False) as encoder, torch.no_grad():
-        f = tokenizer.features(images)
-    with FlopCounterMode(display=False) as decoder, torch.no_grad():
-        tokenizer.decode_f_hat(f)
-    lengths, C, D = var.config.lengths, var.config.z_channels, var.config.width
-    L = sum(lengths)
-    word = 2 * C * D * (L - 1)
-    seen = sum(length * sum(lengths[:k + 1]) for k, length in enumerate(lengths))
-    training = 3 * (var_flops(var.config, L, L * L) + word) + encoder.get_total_flops()
-    sampling = 2 * var_flops(var.config, L, seen) + word + decoder.get_total_flops()
+    flops, L, D = flops_of(make(VQVAEConfig, args), var.config), sum(var.config.lengths), var.config.width
+    training = flops['train'] + flops['encode']
     parameters = sum(parameter.numel() for parameter in var.parameters())
     steps = args.var_steps or math.ceil(args.var_epochs * count / args.batch_size)
     share = math.ceil(args.batch_size / gpus)
@@ -61,7 +39,7 @@ def cost(args: argparse.Namespace, gpus: int = 8, tflops: float = 989.0, mfu: fl
     activations = micro * L * (var.config.depth * ACTIVATION_BYTES * D + LOGIT_BYTES * var.config.vocab_size)
     hours = training * steps * args.batch_size / (gpus * tflops * 1e12 * mfu) / 3600
     return dict(model=f'{args.preset}, d{var.config.depth}', parameters=parameters, training=training,
-                sampling=sampling, memory=weights + activations, micro=micro, steps=steps, hours=hours,
+                sampling=flops['sample'], memory=weights + activations, micro=micro, steps=steps, hours=hours,
                 count=count)
 
 
