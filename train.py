@@ -239,10 +239,13 @@ class Data:
         epoch, numbers, noise_b3 = self.in_step(step, batch_size)
         return epoch % self.views if self.is_cropped else self.args.flip * (noise_b3[:, 2] < 0.5), numbers
 
+    def val_numbers(self, size: int) -> tuple[Tensor, ...]:
+        """Numbers of this process's held-out images, at most `size` at once."""
+        return torch.arange(rank(), self.val_count, world_size()).split(size)
+
     def val_batches(self, size: int):
-        """This process's held-out images and labels, without augmentation; at most `size` at once."""
-        numbers = torch.arange(rank(), self.val_count, world_size())
-        return self.load((-1, part) for part in numbers.split(size))
+        """This process's held-out images and labels, without augmentation."""
+        return self.load((-1, numbers) for numbers in self.val_numbers(size))
 
 
 class ArrayData(Data):
@@ -499,7 +502,7 @@ class TokenData:
         return self.read(view * self.data.count + numbers)
 
     def val_batches(self, size: int):
-        for numbers in torch.arange(rank(), self.data.val_count, world_size()).split(size):
+        for numbers in self.data.val_numbers(size):
             yield self.read(self.data.views * self.data.count + numbers)
 
 
@@ -1132,11 +1135,20 @@ def make(config_class, args: argparse.Namespace, **more):
         return config_class(**{name: getattr(args, name) for name in names} | more)
 
 
+def make_transformer(args: argparse.Namespace, device: torch.device, **more) -> VAR:
+    """A new one, as the settings say, ready to be trained."""
+    var = VAR(make(VARConfig, args, **more)).to(device)
+    var.is_checkpointed = args.activation_checkpointing
+    if args.compile:
+        for block in var.blocks:
+            block.compile()
+    return var
+
+
 def bench(args: argparse.Namespace, device: torch.device):
     """Times stage 2 and sampling with these settings, on random weights and data."""
     tokenizer = VQVAE(make(VQVAEConfig, args)).to(device).requires_grad_(False)
-    var = VAR(make(VARConfig, args)).to(device)
-    var.is_checkpointed = args.activation_checkpointing
+    var = make_transformer(args, device)
     B, config = args.batch_size, tokenizer.config
     data = SimpleNamespace(count=B)
     stage = Stage(SimpleNamespace(args=args, data=data, device=device), 'var', var)
@@ -1150,8 +1162,6 @@ def bench(args: argparse.Namespace, device: torch.device):
         stage.move_weights()
     if args.compile:
         tokenizer.decoder.compile()
-        for block in var.blocks:
-            block.compile()
     said = dict(dtype=sample.choose_dtype(device, args.dtype), batch=B, depth=args.depth,
                 micro_batch=stage.micro_batch_size, compile=args.compile)
     sample.bench('train_cached' if is_cached else 'train', step, device, 'tokens', tokens_BL.numel(),
@@ -1205,12 +1215,8 @@ def main(argv: list[str]):
             tokenizer.requires_grad_(False)
         if 'var' in stages:
             torch.manual_seed(args.seed)                        # as if stage 2 were trained alone
-            var = VAR(make(VARConfig, args, num_classes=len(data.class_names), scales=config.scales,
-                           vocab_size=config.vocab_size, z_channels=config.z_channels)).to(device)
-            var.is_checkpointed = args.activation_checkpointing
-            if args.compile:
-                for block in var.blocks:
-                    block.compile()
+            var = make_transformer(args, device, num_classes=len(data.class_names), scales=config.scales,
+                                   vocab_size=config.vocab_size, z_channels=config.z_channels)
             train_transformer(run, var, tokenizer)
     images = [str(out / dict(vqvae='reconstructions.png', var='samples.png')[stage]) for stage in stages]
     say(f"done in {time.monotonic() - began:.0f} s; look at {' and then at '.join(images)}")
