@@ -973,8 +973,11 @@ def test_bench_prints_json_and_leaves_no_file(script, flags, tiny_run, tmp_path,
 def test_compiled_blocks_learn_what_others_learn(tiny_run, tmp_path):
     out = shutil.copytree(tiny_run, tmp_path / 'run')
     flags = f'--stage var --tokenizer {tiny_run}/vqvae.pt --depth 2 --compile '
-    fast, slow = (run(flags + more, tmp_path / name) for name, more in
-                  dict(fast='', slow='--no-compile').items())
+    torch._dynamo.utils.counters.clear()
+    slow = run(flags + '--no-compile', tmp_path / 'slow')
+    assert not torch._dynamo.utils.counters['frames']
+    fast = run(flags, tmp_path / 'fast')
+    assert torch._dynamo.utils.counters['frames']['ok'] > 1     # one is the check for a compiler
     assert np.abs(losses(fast, 'var') - losses(slow, 'var')).max() <= 1e-5
     sheets = [tmp_path / 'fast.npz', tmp_path / 'slow.npz']
     for sheet, more in zip(sheets, (['--compile'], [])):
