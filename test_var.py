@@ -36,7 +36,7 @@ import train
 import var as var_module
 import vqvae as vqvae_module
 from var import VAR, VARConfig
-from vqvae import VQVAE, Discriminator, VQVAEConfig
+from vqvae import VQVAE, Classifier, Discriminator, VQVAEConfig
 
 HERE = Path(__file__).resolve().parent
 SCALES = (1, 2, 3, 5)                   # none divides the next: areas overlap, which is the hard case
@@ -736,6 +736,25 @@ def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(tiny_run,
     assert same_run(out, tiny_run)
 
 
+def test_muon_moves_the_matrices_of_blocks_and_is_resumed(tiny_run, tmp_path):      # noqa: F811
+    whole = run('--var-optimizer muon', tmp_path / 'whole')
+    assert same_weights(whole / 'vqvae.pt', tiny_run / 'vqvae.pt', 'vqvae')     # stage 1 knows nothing of it
+    assert not same_weights(whole / 'var.pt', tiny_run / 'var.pt', 'var')
+    out = shutil.copytree(whole, tmp_path / 'run')
+    os.remove(out / 'last.pt')
+    assert same_run(resume(out), whole)
+    args, _ = train.parse((TINY + '--var-optimizer muon --depth 2').split())
+    var = VAR(train.make(VARConfig, args))
+    shell = SimpleNamespace(args=args, data=SimpleNamespace(count=64), device=torch.device('cpu'))
+    stage = train.Stage(shell, 'var', var)
+    names = {id(weight): name for name, weight in var.named_parameters()}
+    moved = {kind: [names[id(weight)] for group in optimizer.param_groups for weight in group['params']]
+             for kind, optimizer in stage.optimizers.items()}
+    assert sorted(moved['muon'] + moved['model']) == sorted(names.values())
+    assert set(moved['muon']) == {name for name, weight in var.named_parameters()
+                                  if name.startswith('blocks.') and weight.ndim == 2}
+
+
 def test_stages_trained_one_by_one_from_the_same_seed_give_the_same_weights(tiny_run, tmp_path):
     out = run('--stage vqvae', tmp_path / 'a')
     assert not (out / 'var.pt').exists() and same_weights(out / 'vqvae.pt', tiny_run / 'vqvae.pt', 'vqvae')
@@ -1154,6 +1173,45 @@ def test_the_discriminator_joins_at_its_start_and_is_resumed(tmp_path):
     assert not same_weights(plain / 'vqvae.pt', whole / 'vqvae.pt', 'vqvae')
 
 
+def test_the_perceptual_distance_compares_directions_of_features_at_each_size():
+    torch.manual_seed(1)
+    classifier = Classifier(10, 32, channels=8).eval()
+    a, b = torch.rand(2, 4, 3, 32, 32).mul(2).sub(1).requires_grad_(True)
+    maps = list(zip(classifier.features(a), classifier.features(b)))
+    assert [x.shape[1:] for x, _ in maps] == [(8, 32, 32), (16, 16, 16), (32, 8, 8), (48, 4, 4)]
+    expected = [(2 - 2 * F.cosine_similarity(x, y, dim=1)).mean((1, 2)) for x, y in maps]
+    found = classifier.distance(a, b)
+    torch.testing.assert_close(found, torch.stack(expected).mean(0), rtol=1e-4, atol=1e-6)
+    assert found.shape == (4,) and found.min() > 0 and classifier.distance(a, a).abs().max() == 0
+    by_a, by_b = torch.autograd.grad(found.sum(), (a, b), allow_unused=True)
+    assert by_a.abs().sum() > 0 and by_b is None
+    large = Classifier(3, 256, channels=4)
+    assert large.features(torch.zeros(2, 3, 256, 256))[-1].shape == (2, 24, 4, 4)
+
+
+def test_the_classifier_of_the_perceptual_term_learns_first_and_is_resumed(tmp_path, capsys, monkeypatch):
+    flags = '--stage vqvae --perceptual-weight 1 --classifier-epochs 6 --classifier-channels 8 '
+    whole = run(flags + '--train-count 640', tmp_path / 'whole')
+    right = float(re.search('classifier: right on (.*)% of held-out', capsys.readouterr().out)[1])
+    assert right > 25 and all(float(row['perceptual']) > 0 for row in curve(whole, 'vqvae', 'train'))
+    before, after = (train.sample.read_checkpoint(whole / f'{name}.pt', ('resume',))['weights']
+                     for name in ('previous', 'last'))
+    assert all(torch.equal(before['classifier'][name], value) for name, value in after['classifier'].items())
+    out = shutil.copytree(whole, tmp_path / 'resumed')
+    os.remove(out / 'last.pt')              # previous.pt is from step 2
+    assert same_weights(resume(out) / 'vqvae.pt', whole / 'vqvae.pt', 'vqvae')
+    assert 'classifier: right' not in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:     # while the classifier learns: it begins anew
+        run(flags + '--train-count 640 --stop-after-minutes 1e-6', tmp_path / 'stopped')
+    assert stop.value.code == 0 and 'stopped at step 0 of 4 of vqvae' in capsys.readouterr().out
+    assert same_weights(resume(tmp_path / 'stopped') / 'vqvae.pt', whole / 'vqvae.pt', 'vqvae')
+    plain = run('--stage vqvae --train-count 640', tmp_path / 'plain')
+    assert not same_weights(plain / 'vqvae.pt', whole / 'vqvae.pt', 'vqvae')
+    error = complaint(train.main, [*TINY.split(), *flags.split(), '--vqvae-epochs', '1', '--budget-minutes',
+                                   '0.002', '--out', tmp_path / 'short'], capsys, monkeypatch)
+    assert '--budget-minutes' in error and 'fewer --classifier-epochs than 6' in error
+
+
 def test_lpips_is_asked_for_by_its_flag(tmp_path, capsys, monkeypatch):
     """The wiring, with a small random network in lpips' place."""
     class StandIn(torch.nn.Module):
@@ -1165,7 +1223,8 @@ def test_lpips_is_asked_for_by_its_flag(tmp_path, capsys, monkeypatch):
         def forward(self, a, b):
             return (self.conv(a) - self.conv(b)).square().mean((1, 2, 3), keepdim=True)
     monkeypatch.setitem(sys.modules, 'lpips', None)                 # as if it were not installed
-    flags = [*TINY.split(), '--stage', 'vqvae', '--perceptual-weight', '1', '--out', str(tmp_path / 'run')]
+    flags = [*TINY.split(), '--stage', 'vqvae', '--perceptual-weight', '1',
+             '--perceptual', 'lpips', '--out', str(tmp_path / 'run')]
     error = complaint(train.main, flags, capsys, monkeypatch)
     assert '--perceptual-weight' in error and 'pip install lpips' in error
     monkeypatch.setitem(sys.modules, 'lpips', SimpleNamespace(LPIPS=StandIn))
@@ -1374,6 +1433,12 @@ def test_a_step_is_the_same_on_any_number_of_processes_and_in_any_parts(tmp_path
             gaps = np.abs(losses(two[name], stage) - losses(one, stage))
             print(name, stage, gaps.max())
             assert len(gaps) in (3, 22, 42) and gaps.max() <= 1e-5
+    # the perceptual term's classifier is the same on both processes: one goes on from there alone
+    flags += '--stage vqvae --perceptual-weight 1 --classifier-channels 8 --save-every-steps 10'
+    out = finish(start(flags, tmp_path / 'seen', 2), tmp_path / 'seen')
+    before = losses(out, 'vqvae')
+    shutil.copy(out / 'previous.pt', out / 'last.pt')
+    assert np.abs(losses(resume(out), 'vqvae') - before).max() <= 1e-5
     # stage 2 once more, from where two processes began it, but by one, and in other parts
     out, before = two['loud'], losses(two['loud'], 'var')
     shutil.copy(out / 'previous.pt', out / 'last.pt')

@@ -53,7 +53,7 @@ from sample import (ANY_COUNT, COUNT, POSITIVE, SAMPLING, SHARE, STRENGTH, UserE
                     autocast, check, from_rank_0, leave, number, one_line, rank, rank_0_first,
                     start_processes, to_float, world_size)
 from var import VAR, VARConfig
-from vqvae import VQVAE, Discriminator, VQVAEConfig
+from vqvae import VQVAE, Classifier, Discriminator, VQVAEConfig
 
 # --------------------------------------------------------------------------------------------------- presets
 PRESETS = {                             # learning rates are per 256 images: 0.064 is 0.004 at a batch of 16
@@ -63,10 +63,11 @@ PRESETS = {                             # learning rates are per 256 images: 0.0
                     depth=5, shared_adaln=True, adaln_gamma_init=1e-2, stochastic_depth=0.1, batch_size=256,
                     vqvae_steps=8000, vqvae_lr=4e-3, var_steps=12000, var_lr=2e-3, flip=True, val_count=2000,
                     save_every_steps=2000, cfg=4.0, top_k=0, top_p=0.9),
-    'cifar10-cpu': dict(channels=96, vocab_size=1024, depth=3, adaln_gamma_init=0.1, batch_size=32,
-                        vqvae_steps=16_000, vqvae_lr=0.032, var_steps=20_000, var_lr=0.016,
-                        budget_vqvae=0.22, flip=True, val_count=2000, log_every_steps=100,
-                        save_every_steps=2000, cfg=7.0, top_k=0, top_p=0.8),
+    'cifar10-cpu': dict(vocab_size=1024, perceptual_weight=0.05, depth=3, adaln_gamma_init=0.1,
+                        vqvae_batch_size=32, batch_size=64, vqvae_steps=16_000, vqvae_lr=0.032,
+                        var_steps=6000, var_lr=0.02, var_optimizer='muon', budget_vqvae=0.38, flip=True,
+                        val_count=2000, log_every_steps=100, save_every_steps=2000, cfg=7.0, top_k=0,
+                        top_p=0.8),
     'imagenet256': dict(image_size=256, patch_size=1, channels=160, channel_mults=(1, 1, 2, 2, 4),
                         res_blocks=2, attention=True, z_channels=32, vocab_size=4096,
                         scales=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16), depth=16, vqvae_epochs=40.0, vqvae_lr=1e-4,
@@ -519,11 +520,20 @@ def train_tokenizer(run: SimpleNamespace, tokenizer: VQVAE):
     stage = Stage(run, 'vqvae', tokenizer)
     network, used_V = stage.networks['model'], torch.zeros(tokenizer.config.vocab_size, device=run.device)
     stage.state['used_V'] = used_V
-    lpips = load_lpips(run.device) if args.perceptual_weight else None
+    perceptual = None
+    if args.perceptual_weight and args.perceptual == 'classifier':
+        classifier = Classifier(len(run.data.class_names), tokenizer.config.image_size,
+                                args.classifier_channels).to(run.device)
+        stage.add('classifier', classifier, betas=(0.9, 0.95), weight_decay=args.weight_decay)
+        perceptual = classifier.distance
+    elif args.perceptual_weight:
+        perceptual = load_lpips(run.device)
     if args.adversarial_weight:
         discriminator = Discriminator(args.discriminator_channels).to(run.device)
         stage.add('discriminator', discriminator, betas=(0.5, 0.9), weight_decay=0.0)
     stage.enter()
+    if 'classifier' in stage.networks:
+        train_classifier(stage, classifier)
     for step in stage.steps():
         images, _ = run.data.batch(step, stage.batch_size)
         if step % args.revive_every_steps == 0 and stage.done <= 0.75:          # later, the codebook settles
@@ -533,7 +543,7 @@ def train_tokenizer(run: SimpleNamespace, tokenizer: VQVAE):
         seen_V = torch.zeros_like(used_V)
         for images, in stage.parts(images):
             with autocast(run.device, args.dtype):
-                loss, metrics, tokens_BL = tokenizer_loss(network, images, args, lpips, discriminator)
+                loss, metrics, tokens_BL = tokenizer_loss(network, images, args, perceptual, discriminator)
             stage.backward(loss, metrics)
             seen_V[tokens_BL] = 1.0
         used_V += all_sum(seen_V)
@@ -546,13 +556,13 @@ def train_tokenizer(run: SimpleNamespace, tokenizer: VQVAE):
                 show_reconstructions(run, tokenizer)
 
 
-def tokenizer_loss(network, images: Tensor, args, lpips, discriminator) -> tuple[Tensor, dict, Tensor]:
+def tokenizer_loss(network, images: Tensor, args, perceptual, discriminator) -> tuple[Tensor, dict, Tensor]:
     """Equation 5, what the log shows of it, and the tokens. Small images do without its two last terms."""
     reconstruction, vq_loss, tokens_BL = network(images)
     loss = F.mse_loss(reconstruction, images)
     metrics = dict(reconstruction=loss, vq=vq_loss)
-    if lpips is not None:
-        metrics['perceptual'] = lpips(reconstruction, images).mean()
+    if perceptual is not None:
+        metrics['perceptual'] = perceptual(reconstruction, images).mean()
         loss = loss + args.perceptual_weight * metrics['perceptual']
     if discriminator is not None:
         last_layer = unwrapped(network).decoder.conv_out.weight
@@ -578,6 +588,41 @@ def adversarial_terms(discriminator, images, reconstruction, loss: Tensor, last_
     real, made = discriminator(torch.cat([images, reconstruction.detach()])).float().chunk(2)
     return dict(generator=generator, adaptive=(by_loss / (by_generator + 1e-4)).clamp(max=1e4),
                 discriminator=(F.relu(1 - real).mean() + F.relu(1 + made).mean()) / 2)
+
+
+def train_classifier(stage: 'Stage', classifier: Classifier):
+    """Trains the network of the perceptual term, unless a resumed run has one: on the images of the first
+    epochs, shifted by up to an eighth. Its seconds count in --budget-minutes; stopped, it begins anew."""
+    args, data, device, network = stage.args, stage.run.data, stage.run.device, stage.networks['classifier']
+    B = stage.batch_size * max(1, min(128, data.count) // stage.batch_size)         # small ones take longer
+    steps = args.classifier_epochs * (data.count // B) if stage.step == 0 else 0
+    generator = torch.Generator().manual_seed(seed_of(args.seed, 3))
+    for step in tqdm(range(steps), desc='classifier', disable=rank() > 0 or not steps):
+        for group in stage.optimizers['classifier'].param_groups:
+            group['lr'] = stage.lr * learning_rate(step / steps, 0.0)
+        images, labels = data.batch(step, B)
+        noise_B3 = to_device(share_of(torch.rand(B, 3, generator=generator)), device)
+        with autocast(device, args.dtype):
+            logits = network(augment(images, noise_B3, False, images.shape[-1] // 8))
+        stage.row = {}
+        F.cross_entropy(logits.float(), labels).backward()
+        stage.move_weights()
+        if step % 16 == 0 or step + 1 == steps:
+            stage.agree()
+            check(not stage.budget or stage.seconds < 0.8 * stage.budget, f'--budget-minutes: most of the '
+                  "tokenizer's is over before the classifier has learned; give more, or say fewer "
+                  f'--classifier-epochs than {args.classifier_epochs}')
+            if stage.is_stop:
+                stage.stop()
+    classifier.eval().requires_grad_(False)
+    if steps:
+        stage.budget, stage.seconds = stage.budget and stage.budget - stage.seconds, 0.0
+        for tensor in classifier.state_dict().values() if dist.is_initialized() else ():
+            dist.broadcast(tensor, 0)                   # each process has seen means of its own images
+        with torch.no_grad(), autocast(device, args.dtype):
+            right = sum((classifier(images).argmax(1) == labels).double().sum()
+                        for images, labels in data.val_batches(stage.micro_batch_size))
+        say(f'classifier: right on {all_sum(right).item() / data.val_count:.1%} of held-out images')
 
 
 @rank_0_first()                                     # who downloads its weights for all
@@ -762,6 +807,13 @@ class Stage:
 
     def add(self, name: str, module: torch.nn.Module, betas: tuple[float, float], weight_decay: float):
         groups = parameter_groups(module, weight_decay)
+        if self.name == 'var' and self.args.var_optimizer == 'muon':
+            matrices = [w for block in module.blocks for w in block.parameters() if w.ndim == 2]
+            self.optimizers['muon'] = torch.optim.Muon(matrices, weight_decay=weight_decay,
+                                                       adjust_lr_fn='match_rms_adamw')
+            ids = set(map(id, matrices))
+            for group in groups:
+                group['params'] = [w for w in group['params'] if id(w) not in ids]
         self.optimizers[name] = torch.optim.AdamW(groups, betas=betas, fused=True)
         self.networks[name] = parallel(module)
 
@@ -943,7 +995,8 @@ class Stage:
             with sample.what_a_file_holds(said):
                 for name, network in self.networks.items():
                     unwrapped(network).load_state_dict(saved['weights'][name])
-                    self.optimizers[name].load_state_dict(saved['optimizers'][name])
+                for name, optimizer in self.optimizers.items():
+                    optimizer.load_state_dict(saved['optimizers'][name])
                 for name, tensor in self.state.items():
                     tensor.copy_(saved['state'][name])
                 for name in COUNTERS:
@@ -951,7 +1004,7 @@ class Stage:
 
 
 # -------------------------------------------------------------------------------------- the folder of a run
-COUNTERS = 'step seconds log metrics'.split()                   # of a stage, saved as they are
+COUNTERS = 'step seconds budget log metrics'.split()                   # of a stage, saved as they are
 SAVED = {*COUNTERS, 'settings', 'data', 'stage', 'unfinished', 'weights', 'optimizers', 'state'}
 NOT_SAVED = 'out resume overwrite stop_after_minutes bench given'.split()
 MAY_CHANGE = ('device dtype workers compile activation_checkpointing cache_tokens cache_passes data_dir '
@@ -1049,6 +1102,8 @@ FLAGS = {                               # name, type, default, help; or a field 
         ('vqvae_batch_size', COUNT, None, 'the same of stage 1; absent: --batch-size'),
         ('vqvae_lr', POSITIVE, 4e-3, 'peak learning rate of stage 1 per 256 images of batch'),
         ('var_lr', POSITIVE, 4e-3, 'peak learning rate of stage 2 per 256 images of batch'),
+        ('var_optimizer', ['adamw', 'muon'], 'adamw', "of stage 2; muon: of its blocks' matrices, AdamW of "
+         'the rest'),
         ('last_lr', SHARE, 0.01, 'learning rate of the last step as a share of the peak'),
         ('vqvae_last_lr', SHARE, None, 'the same of stage 1; absent: --last-lr'),
         ('weight_decay', STRENGTH, 0.05, 'of both stages'),
@@ -1056,7 +1111,11 @@ FLAGS = {                               # name, type, default, help; or a field 
     'the tokenizer': [
         *VQVAEConfig.__dataclass_fields__,
         ('revive_every_steps', COUNT, 20, 'how often dead codes are looked for, in the first three quarters'),
-        ('perceptual_weight', STRENGTH, 0.0, 'of LPIPS; above 0 needs the package lpips'),
+        ('perceptual_weight', STRENGTH, 0.0, 'of the perceptual term'),
+        ('perceptual', ['classifier', 'lpips'], 'classifier', 'what sees: a small classifier, trained at '
+         'first on the images and labels; or LPIPS, which needs the package lpips'),
+        ('classifier_epochs', COUNT, 4, 'how long that classifier is trained'),
+        ('classifier_channels', COUNT, 32, 'of its first layer'),
         ('adversarial_weight', STRENGTH, 0.0, "of the discriminator's verdict; 0: no discriminator"),
         ('discriminator_start', ANY_COUNT, 0, 'the step at which the discriminator joins'),
         ('discriminator_channels', SIXTEENS, 64, 'of its first layer')],

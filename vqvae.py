@@ -199,6 +199,50 @@ class Discriminator(nn.Sequential):
         super().__init__(*layers, nn.Conv2d(8 * channels, 1, 4, padding=1))
 
 
+class Classifier(nn.Module):
+    """Names the class of images (B, 3, H, W) in [-1, 1]: logits (B, classes). For stage 1's perceptual term.
+
+    What it sees on its way tells what images are recognised by: the idea of LPIPS (Zhang et al., 2018), but
+    trained on the images at hand. Convolutions of 3x3 with BatchNorm; sizes halve until 4x4 is left.
+    """
+    LAYERS = (1, 1), (2, 2), (3, 2), (4, 1), *[(6, 2)] * 9      # width over that of the first, and stride
+
+    def __init__(self, classes: int, image_size: int, channels: int = 32):
+        super().__init__()
+        layers, width, side = [], 3, image_size
+        for multiple, stride in self.LAYERS:
+            if side // stride < 4:
+                break
+            conv = nn.Conv2d(width, multiple * channels, 3, stride, padding=1, bias=False)
+            width, side = multiple * channels, side // stride
+            layers.append(nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU()))
+        self.layers, self.head = nn.ModuleList(layers), nn.Linear(width, classes)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images_B3HW: Tensor) -> Tensor:
+        return self.head(self.features(images_B3HW)[-1].mean((2, 3)))
+
+    def features(self, images_B3HW: Tensor) -> list[Tensor]:
+        """The last map of each size, (B, channels, h, w), fine to coarse."""
+        maps, x = {}, images_B3HW.contiguous(memory_format=torch.channels_last)
+        for layer in self.layers:
+            x = layer(x)
+            maps[x.shape[-1]] = x
+        return list(maps.values())
+
+    def distance(self, reconstructions_B3HW: Tensor, images_B3HW: Tensor) -> Tensor:
+        """How differently it sees two batches: (B,), each in [0, 4]. The gradient is of the first alone.
+
+        At each place the directions of the features are compared, by their squared distance; it is averaged
+        over places, and over sizes.
+        """
+        with torch.no_grad():
+            expected = self.features(images_B3HW)
+        pairs = zip(self.features(reconstructions_B3HW), expected)
+        return torch.stack([(F.normalize(a.float()) - F.normalize(b.float())).square().sum(1).mean((1, 2))
+                            for a, b in pairs]).mean(0)
+
+
 # --------------------------------------------------------------------------------------- tokenizer
 class VQVAE(nn.Module):
     """The tokenizer: encoder, multi-scale residual quantizer, decoder."""

@@ -2,9 +2,11 @@
 
     python sample.py notebooks/cifar10.pt --npz samples.npz --count 1000
     python notebooks/judge.py samples.npz
+    python notebooks/judge.py samples.npz --judge residual          # a second opinion
 
-The classifier is trained once on real images (7 to 25 minutes on two cores; shapes: one), and kept. Frechet
-distances are taken in its penultimate features (FID: in another network's); training images are the floor.
+The judge, a classifier, is trained once on real images (7 to 25 minutes on two cores; shapes: one), and kept.
+A second one has another architecture, seed and augmentation: what is good must please both. All figures but
+the first are of the judge's features before its last layer, and stand beside those of training images.
 """
 import sys
 from pathlib import Path
@@ -23,7 +25,7 @@ from train import CIFAR10_CLASSES, FIGURES, augment, draw_shapes, read_cifar10, 
 # by classes: data, channels of layers, epochs, mirrored or not, noise (clean drawings make a brittle judge)
 JUDGES = {tuple(FIGURES): ('shapes', (16, 32, 64), 3, False, 0.3),
           tuple(CIFAR10_CLASSES): ('cifar10', (48, 128, 256), 8, True, 0.0)}
-BATCH, SEED = 128, 10 ** 6
+BATCH, SEED, NEIGHBOURS = 128, 10 ** 6, 3
 
 
 def read_images(name: str, data_dir: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -34,28 +36,33 @@ def read_images(name: str, data_dir: str | None) -> tuple[Tensor, Tensor, Tensor
 
 class Judge(nn.Module):
     """In the manner of airbench94 (K. Jordan, 2024). mirror: an image is judged with its mirror image."""
+    name, seed, crop, cutout, sharpness = 'plain', SEED, 2, 0, 1 / 9
 
     def __init__(self, widths: tuple[int, ...], mirror: bool):
         super().__init__()
-        self.mirror, width = mirror, 24
+        self.mirror, self.widths = mirror, widths
+        self.trunk = nn.Sequential(*self.layers(24), nn.Flatten())
+        self.head = nn.Linear(widths[-1], 10, bias=False)
+
+    def layers(self, width: int) -> list[nn.Module]:
         layers = [nn.Conv2d(3, width, 2), nn.GELU()]
-        for out in widths:
+        for out in self.widths:
             convs = [nn.Conv2d(channels, out, 3, padding=1, bias=False) for channels in (width, out)]
             layers += [convs[0], nn.MaxPool2d(2), nn.BatchNorm2d(out), nn.GELU(),
                        convs[1], nn.BatchNorm2d(out), nn.GELU()]
             for conv in convs:
                 nn.init.dirac_(conv.weight.data[:conv.in_channels])
             width = out
-        self.trunk = nn.Sequential(*layers, nn.MaxPool2d(3), nn.Flatten())
-        self.head = nn.Linear(width, 10, bias=False)
+        return [*layers, nn.MaxPool2d(3)]
 
     def whiten(self, images: Tensor):
         """Fixes the first layer: the principal directions of 2x2 patches and their opposites, normalised."""
         patches = F.unfold(to_float(images), 2).transpose(1, 2).flatten(0, 1)
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
         weight = (vectors / (values + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)
-        self.trunk[0].weight.data, self.trunk[0].bias.data = torch.cat([weight, -weight]), torch.zeros(24)
-        self.trunk[0].weight.requires_grad_(False)
+        first = self.trunk[0]
+        first.weight.data, first.bias.data = torch.cat([weight, -weight]), weight.new_zeros(24)
+        first.weight.requires_grad_(False)
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
@@ -63,34 +70,76 @@ class Judge(nn.Module):
         parts = [to_float(part).contiguous(memory_format=torch.channels_last) for part in images.split(500)]
         return torch.cat([(self.trunk(x) + self.trunk(x.flip(3) if self.mirror else x)) / 2 for x in parts])
 
+    def probabilities(self, features: Tensor) -> Tensor:
+        """What the judge takes images with these features for: (N, 10)."""
+        return (self.sharpness * self.head(features)).softmax(1)
+
     def recognised(self, features: Tensor, labels: Tensor) -> Tensor:
         """1.0 where the judge takes an image with these features for its label, else 0.0: (N,)."""
         return (self.head(features).argmax(1) == labels).float()
 
 
+class Block(nn.Module):
+    def __init__(self, width: int, out: int, stride: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.BatchNorm2d(width), nn.ReLU(), nn.Conv2d(width, out, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(out), nn.ReLU(), nn.Conv2d(out, out, 3, padding=1, bias=False))
+        self.shortcut = nn.Conv2d(width, out, 1, stride, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.shortcut(x) + self.body(x)
+
+
+class ResidualJudge(Judge):
+    """A residual network (He et al., 2016) of four levels. Its images have a grey square each."""
+    name, seed, crop, cutout, sharpness = 'residual', SEED + 2, 4, 8, 1.0
+
+    def layers(self, width: int) -> list[nn.Module]:
+        widths = [width, *(width * 2 ** i for i in range(3)), self.widths[-1]]
+        blocks = [Block(*pair, stride=1 + (i > 0)) for i, pair in enumerate(zip(widths, widths[1:]))]
+        return [nn.Conv2d(3, width, 3, padding=1), *blocks, nn.BatchNorm2d(widths[-1]), nn.ReLU(),
+                nn.AdaptiveAvgPool2d(1)]
+
+    def whiten(self, images: Tensor):
+        """It learns its first layer."""
+
+
+def cut_out(images_B3HW: Tensor, side: int) -> Tensor:
+    """Greys a square somewhere in each image (DeVries and Taylor, 2017), perhaps partly outside."""
+    B, _, H, W = images_B3HW.shape
+    corners = torch.rand(2, B, 1, device=images_B3HW.device) * (H + side) - side
+    rows, columns = ((at >= corner) & (at < corner + side)
+                     for at, corner in zip(2 * [torch.arange(H, device=images_B3HW.device)], corners))
+    return images_B3HW.masked_fill((rows[:, :, None] & columns[:, None])[:, None], 0.0)
+
+
 def train_judge(judge: Judge, title: str, images: Tensor, labels: Tensor, epochs: int, noise=0.0):
-    """SGD, its learning rate first up and then down; images shifted by up to 2 pixels."""
-    judge.to(memory_format=torch.channels_last).whiten(images[:5000])
+    """SGD, its learning rate first up and then down; images shifted by a few pixels."""
+    judge.to(images.device, memory_format=torch.channels_last).whiten(images[:5000])
     optimizer = torch.optim.SGD(judge.parameters(), lr=0.1, momentum=0.85, nesterov=True, weight_decay=1e-3)
     steps = epochs * (len(images) // BATCH)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.2, steps, pct_start=0.23, div_factor=5,
                                                    anneal_strategy='linear', cycle_momentum=False)
     batches = (part for _ in range(epochs) for part in torch.randperm(len(images)).split(BATCH))
     for chosen in tqdm((part for part in batches if len(part) == BATCH), desc=title, total=steps):
-        batch = augment(to_float(images[chosen]), torch.rand(BATCH, 3), judge.mirror, crop=2)
-        batch = batch + noise * torch.randn(batch.shape) if noise else batch
-        logits = judge.head(judge.trunk(batch.contiguous(memory_format=torch.channels_last))) / 9
+        noise_B3 = torch.rand(BATCH, 3).to(images.device)
+        batch = augment(to_float(images[chosen]), noise_B3, judge.mirror, judge.crop)
+        batch = cut_out(batch, judge.cutout) if judge.cutout else batch
+        batch = batch + noise * torch.randn_like(batch) if noise else batch
+        logits = judge.head(judge.trunk(batch.contiguous(memory_format=torch.channels_last)))
         optimizer.zero_grad()
-        F.cross_entropy(logits, labels[chosen], label_smoothing=0.2).backward()
+        F.cross_entropy(judge.sharpness * logits, labels[chosen], label_smoothing=0.2).backward()
         optimizer.step()
         schedule.step()
 
 
-def load_judge(name: str, images: Tensor, labels: Tensor, cache: str | Path) -> Judge:
+def load_judge(name: str, images: Tensor, labels: Tensor, cache: str | Path, kind=Judge) -> Judge:
     """The judge of 'shapes' or 'cifar10', in eval mode: read from `cache`, or trained and kept there."""
     widths, epochs, mirror, noise = {row[0]: row[1:] for row in JUDGES.values()}[name]
-    torch.manual_seed(SEED)
-    judge, cache, title = Judge(widths, mirror), Path(cache), f'judge of {name}, {widths}, {epochs} epochs'
+    torch.manual_seed(kind.seed)
+    judge, cache, title = kind(widths, mirror), Path(cache), f'judge of {name}, {widths}, {epochs} epochs'
+    title += ', residual' if kind is ResidualJudge else ''
     if cache.exists():
         judge.load_state_dict(read_checkpoint(cache, (title,))['weights'])
     else:
@@ -107,6 +156,24 @@ def frechet_distance(a_ND: Tensor, b_ND: Tensor) -> float:
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
     trace = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()     # of (cov_a cov_b)^(1/2)
     return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace).item()
+
+
+def precision_and_recall(made_ND: Tensor, real_MD: Tensor) -> tuple[float, float]:
+    """Kynkaanniemi et al. (2019): the share of made images among real ones, and of real among made ones.
+
+    Among: nearer to one of them than that one's third nearest neighbour of its own kind is."""
+    def radii(points: Tensor) -> Tensor:
+        return torch.cdist(points, points).kthvalue(NEIGHBOURS + 1).values      # the nearest is itself
+    distances = torch.cdist(made_ND, real_MD)
+    precision = (distances <= radii(real_MD)).any(1).float().mean()
+    return precision.item(), (distances.T <= radii(made_ND)).any(1).float().mean().item()
+
+
+def inception_score(probabilities: Tensor) -> float:
+    """Salimans et al. (2016), of this judge's probabilities (N, classes): from 1 to as many as classes, high
+    if each image is one thing clearly and all together are many things."""
+    each = torch.special.entr(probabilities).sum(1).mean()
+    return (torch.special.entr(probabilities.mean(0)).sum() - each).exp().item()
 
 
 def read_npz(path: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
@@ -134,7 +201,9 @@ def main(argv: list[str]):
     parser = Parser(prog='judge.py', description=__doc__)
     parser.add_argument('npz', help='what sample.py --npz wrote')
     parser.add_argument('--data-dir', help='folder with CIFAR-10; absent: downloaded to data/')
-    parser.add_argument('--cache', help='the trained judge; absent: out/judge-cifar10.pt or -shapes.pt')
+    parser.add_argument('--judge', choices=['plain', 'residual'], default='plain', help='which one [plain]')
+    parser.add_argument('--cache', help='the trained judge; absent: out/judge-cifar10.pt or -shapes.pt, of '
+                        'the residual one out/judge-residual-cifar10.pt ...')
     args = parser.parse_args(argv)
     images, labels, class_names = read_npz(args.npz)
     check(class_names in JUDGES and images.shape[1:] == (3, 32, 32), f"{args.npz}: {images.shape[3]}x"
@@ -143,17 +212,22 @@ def main(argv: list[str]):
     check(len(images) > width and len(labels.unique()) == 10, f'{args.npz}: {len(images)} images of '
           f'{len(labels.unique())} classes; a covariance of {width} features needs {width + 1}, of all 10')
     real_images, real_labels, test_images, test_labels = read_images(name, args.data_dir)
-    judge = load_judge(name, real_images, real_labels, args.cache or f'out/judge-{name}.pt')
+    kind, stem = (ResidualJudge, 'judge-residual') if args.judge == 'residual' else (Judge, 'judge')
+    judge = load_judge(name, real_images, real_labels, args.cache or f'out/{stem}-{name}.pt', kind)
     N = min(len(images), len(test_images))
     drawn, test, real = map(judge.features, (images, test_images, real_images[:N]))
     right, accuracy = judge.recognised(drawn, labels), judge.recognised(test, test_labels).mean()
-    print(f'{len(right)} samples: {right.mean():.1%} recognised as the class asked for, by a judge that is '
-          f'right on {accuracy:.1%} of test images')
+    print(f'{len(right)} samples: {right.mean():.1%} recognised as the class asked for, by a judge '
+          f'({judge.name}, {len(drawn[0])} features) that is right on {accuracy:.1%} of test images')
     for label in labels.unique().tolist():
         print(f'  {class_names[label]:10} {right[labels == label].mean():.1%}')
     distance, floor = (frechet_distance(found[:N], test[:N]) for found in (drawn, real))
     print(f'Frechet distance to {N} test images: {distance:.3f}, {distance / floor:.1f} times the '
           f'floor of {floor:.3f}')
+    for title, found in (('samples', drawn), ('training images', real)):
+        precision, recall = precision_and_recall(found[:N], test[:N])
+        print(f'{title}: precision {precision:.3f}, recall {recall:.3f}, inception score '
+              f'{inception_score(judge.probabilities(found[:N])):.2f} by this judge')
 
 
 if __name__ == '__main__':

@@ -98,6 +98,63 @@ def test_the_frechet_distance_is_that_of_two_gaussians():
     assert judge.frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_precision_and_recall_count_who_stands_among_the_others():
+    real = torch.arange(10.0)[:, None]          # each one's third neighbour is 2 away, at the ends 3, then 2
+    made = torch.tensor([4.5, 6.5, -2.9, -3.1, 11.9, 12.1, 40, 50, 60, 70])[:, None]
+    precision, recall = judge.precision_and_recall(made, real)
+    assert precision == pytest.approx(0.4)      # -3.1 and 12.1 are just too far from the ends
+    distances = (made - made.T).abs().sort().values[:, 3]           # brute force
+    expected = [(abs(r - made[:, 0]) <= distances).any() for r in real[:, 0]]
+    assert recall == pytest.approx(np.mean(expected))
+    assert judge.precision_and_recall(real, real) == (1, 1)
+    assert judge.precision_and_recall(real + 100, real) == (0, 0)
+    collapsed = 4.5 + torch.linspace(0, 0.01, 10)[:, None]
+    assert judge.precision_and_recall(collapsed, real) == (1, 0)    # good ones, and all alike
+
+
+def test_the_inception_score_counts_classes_that_are_told_apart():
+    assert judge.inception_score(torch.eye(10)) == pytest.approx(10)
+    assert judge.inception_score(torch.full((50, 10), 0.1)) == pytest.approx(1)         # nothing is clear
+    assert judge.inception_score(torch.eye(10)[[3] * 50]) == pytest.approx(1)           # all is one class
+    assert judge.inception_score(torch.eye(10)[[3, 7] * 9]) == pytest.approx(2)
+
+
+def test_a_square_of_each_image_is_cut_out_somewhere():
+    torch.manual_seed(0)
+    gone = (judge.cut_out(torch.ones(2000, 3, 32, 32), 8) == 0).all(1)
+    counts = gone.sum((1, 2))
+    assert counts.max() == 64 and counts.min() < 32 and 35 < counts.float().mean() < 55  # some partly out
+    assert gone.float().mean(0).min() > 0.02                                            # each place at times
+    whole = gone[counts == 64].nonzero()
+    assert (whole[:64, 1:].amax(0) - whole[:64, 1:].amin(0)).tolist() == [7, 7]
+
+
+@pytest.mark.slow
+def test_both_judges_of_shapes_agree_on_what_is_a_good_drawing(tmp_path, capsys, monkeypatch):
+    """Drawings are as good as training images; shuffled labels and noise are seen by both."""
+    monkeypatch.chdir(tmp_path)
+    images, labels = train.draw_shapes(300, 7)
+    arrays = dict(arr_0=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy(),
+                  class_names=np.array(train.FIGURES))
+    np.savez('good.npz', **arrays)
+    np.savez('wrong.npz', **arrays | dict(labels=(labels.numpy() + 1) % 10))
+    noisy = np.random.default_rng(0).integers(0, 256, arrays['arr_0'].shape, np.uint8)
+    np.savez('noisy.npz', **arrays | dict(arr_0=noisy))
+    for kind in ('plain', 'residual'):
+        found = {}
+        for name in ('good', 'wrong', 'noisy'):
+            judge.main([f'{name}.npz', '--judge', kind])
+            found[name] = capsys.readouterr().out
+            assert kind in found[name]
+        assert float(re.search('samples: (.*?)% recognised', found['good'])[1]) > 95
+        assert float(re.search('samples: (.*?)% recognised', found['wrong'])[1]) < 5
+        assert float(re.search('([0-9.]+) times the', found['good'])[1]) < 3
+        assert float(re.search('([0-9.]+) times the', found['noisy'])[1]) > 10
+        rates = re.findall('precision (.*), recall (.*), inception score (.*) by', found['good'])
+        assert len(rates) == 2 and all(float(rate) > 0.7 for row in rates for rate in row[:2])
+    assert {path.name for path in Path('out').iterdir()} == {'judge-residual-shapes.pt', 'judge-shapes.pt'}
+
+
 def write_npz(path: Path, count=300, size=32, class_names=train.FIGURES):
     np.savez(path, arr_0=np.zeros((count, size, size, 3), np.uint8), labels=np.arange(count) % 10,
              class_names=np.array(class_names))
