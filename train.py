@@ -12,7 +12,8 @@ resume; vqvae.csv and var.csv, the logs; reconstructions.png and samples.png; pe
 All that is random in step s follows from (seed, s, the image): images, augmentation, dropout. So a
 resumed run goes on as if it had never stopped (to the bit on CPUs; GPUs may add up in varying order, and
 --budget-minutes goes by the clock), and one on more processes, or that takes fewer images at once, does the
-same up to rounding (but for the adversarial term, whose adaptive weight is of the images taken at once).
+same up to rounding (but for two things that go by the images a process takes at once: the adaptive weight of
+the adversarial term, and the BatchNorm of the perceptual term's classifier).
 """
 import argparse
 import colorsys
@@ -60,9 +61,11 @@ PRESETS = {                             # learning rates are per 256 images: 0.0
     'shapes': dict(depth=2, adaln_gamma_init=1.0, batch_size=16, vqvae_steps=750, vqvae_lr=0.064,
                    var_steps=700, var_lr=0.064, cfg=2.0, top_p=0.8),
     'cifar10': dict(patch_size=2, channel_mults=(1, 2), vocab_size=4096, scales=(1, 2, 3, 4, 5, 6, 8),
-                    depth=5, shared_adaln=True, adaln_gamma_init=1e-2, stochastic_depth=0.1, batch_size=256,
-                    vqvae_steps=8000, vqvae_lr=4e-3, var_steps=12000, var_lr=2e-3, flip=True, val_count=2000,
-                    save_every_steps=2000, cfg=4.0, top_k=0, top_p=0.9),
+                    perceptual_weight=0.05, classifier_channels=64, classifier_epochs=10, depth=5,
+                    shared_adaln=True, adaln_gamma_init=1e-2, stochastic_depth=0.1, batch_size=256,
+                    vqvae_steps=5000, vqvae_lr=4e-3, var_steps=12_000, var_lr=5e-3, var_optimizer='muon',
+                    budget_vqvae=0.35, flip=True, crop=1, val_count=2000, save_every_steps=1000, cfg=4.0,
+                    top_k=0, top_p=0.9),
     'cifar10-cpu': dict(vocab_size=1024, perceptual_weight=0.05, depth=3, adaln_gamma_init=0.1,
                         vqvae_batch_size=32, batch_size=64, vqvae_steps=16_000, vqvae_lr=0.032,
                         var_steps=6000, var_lr=0.02, var_optimizer='muon', budget_vqvae=0.38, flip=True,
@@ -520,7 +523,7 @@ def train_tokenizer(run: SimpleNamespace, tokenizer: VQVAE):
     stage = Stage(run, 'vqvae', tokenizer)
     network, used_V = stage.networks['model'], torch.zeros(tokenizer.config.vocab_size, device=run.device)
     stage.state['used_V'] = used_V
-    perceptual = None
+    classifier = perceptual = None
     if args.perceptual_weight and args.perceptual == 'classifier':
         classifier = Classifier(len(run.data.class_names), tokenizer.config.image_size,
                                 args.classifier_channels).to(run.device)
@@ -532,8 +535,10 @@ def train_tokenizer(run: SimpleNamespace, tokenizer: VQVAE):
         discriminator = Discriminator(args.discriminator_channels).to(run.device)
         stage.add('discriminator', discriminator, betas=(0.5, 0.9), weight_decay=0.0)
     stage.enter()
-    if 'classifier' in stage.networks:
-        train_classifier(stage, classifier)
+    if classifier:
+        if stage.step == 0:
+            train_classifier(stage, classifier)
+        classifier.eval().requires_grad_(False)
     for step in stage.steps():
         images, _ = run.data.batch(step, stage.batch_size)
         if step % args.revive_every_steps == 0 and stage.done <= 0.75:          # later, the codebook settles
@@ -557,7 +562,7 @@ def train_tokenizer(run: SimpleNamespace, tokenizer: VQVAE):
 
 
 def tokenizer_loss(network, images: Tensor, args, perceptual, discriminator) -> tuple[Tensor, dict, Tensor]:
-    """Equation 5, what the log shows of it, and the tokens. Small images do without its two last terms."""
+    """Equation 5, what the log shows of it, and the tokens. Its two last terms may be left out."""
     reconstruction, vq_loss, tokens_BL = network(images)
     loss = F.mse_loss(reconstruction, images)
     metrics = dict(reconstruction=loss, vq=vq_loss)
@@ -591,38 +596,41 @@ def adversarial_terms(discriminator, images, reconstruction, loss: Tensor, last_
 
 
 def train_classifier(stage: 'Stage', classifier: Classifier):
-    """Trains the network of the perceptual term, unless a resumed run has one: on the images of the first
-    epochs, shifted by up to an eighth. Its seconds count in --budget-minutes; stopped, it begins anew."""
+    """Trains the network of the perceptual term on images and labels of the first epochs, shifted by up to an
+    eighth, at least 128 at once: its BatchNorm needs many. The time it takes is part of --budget-minutes. A
+    run that is stopped meanwhile begins it anew."""
     args, data, device, network = stage.args, stage.run.data, stage.run.device, stage.networks['classifier']
-    B = stage.batch_size * max(1, min(128, data.count) // stage.batch_size)         # small ones take longer
-    steps = args.classifier_epochs * (data.count // B) if stage.step == 0 else 0
+    B = stage.batch_size * max(1, min(128, data.count) // stage.batch_size)
+    at_once = args.vqvae_micro_batch_size or args.micro_batch_size or B
+    steps = args.classifier_epochs * (data.count // B)
     generator = torch.Generator().manual_seed(seed_of(args.seed, 3))
-    for step in tqdm(range(steps), desc='classifier', disable=rank() > 0 or not steps):
+    for step in tqdm(range(steps), desc='classifier', disable=rank() > 0):
         for group in stage.optimizers['classifier'].param_groups:
             group['lr'] = stage.lr * learning_rate(step / steps, 0.0)
         images, labels = data.batch(step, B)
         noise_B3 = to_device(share_of(torch.rand(B, 3, generator=generator)), device)
-        with autocast(device, args.dtype):
-            logits = network(augment(images, noise_B3, False, images.shape[-1] // 8))
-        stage.row = {}
-        F.cross_entropy(logits.float(), labels).backward()
+        images, stage.row = augment(images, noise_B3, False, images.shape[-1] // 8), {}
+        for part, named in zip(images.split(at_once), labels.split(at_once)):
+            with autocast(device, args.dtype):
+                loss = F.cross_entropy(network(part), named)
+            (len(part) / len(images) * loss).backward()
         stage.move_weights()
-        if step % 16 == 0 or step + 1 == steps:
-            stage.agree()
-            check(not stage.budget or stage.seconds < 0.8 * stage.budget, f'--budget-minutes: most of the '
+        stage.agree()
+        with rank_0_first():
+            check(not stage.budget or stage.seconds < 0.8 * stage.budget, '--budget-minutes: most of the '
                   "tokenizer's is over before the classifier has learned; give more, or say fewer "
                   f'--classifier-epochs than {args.classifier_epochs}')
-            if stage.is_stop:
-                stage.stop()
-    classifier.eval().requires_grad_(False)
-    if steps:
-        stage.budget, stage.seconds = stage.budget and stage.budget - stage.seconds, 0.0
-        for tensor in classifier.state_dict().values() if dist.is_initialized() else ():
-            dist.broadcast(tensor, 0)                   # each process has seen means of its own images
-        with torch.no_grad(), autocast(device, args.dtype):
-            right = sum((classifier(images).argmax(1) == labels).double().sum()
-                        for images, labels in data.val_batches(stage.micro_batch_size))
-        say(f'classifier: right on {all_sum(right).item() / data.val_count:.1%} of held-out images')
+        if stage.is_stop and step + 1 < steps:
+            stage.stop()
+    stage.budget, stage.seconds = stage.budget and stage.budget - stage.seconds, 0.0
+    for tensor in classifier.state_dict().values() if dist.is_initialized() else ():
+        dist.broadcast(tensor, 0)                   # each process has seen means of its own images
+    classifier.eval()
+    with torch.no_grad(), autocast(device, args.dtype):
+        right = sum((classifier(images).argmax(1) == labels).float().sum()
+                    for images, labels in data.val_batches(stage.micro_batch_size))
+    right = all_sum(right).item() / data.val_count
+    say(f'classifier: {steps} steps, right on {right:.1%} of held-out images')
 
 
 @rank_0_first()                                     # who downloads its weights for all
@@ -632,7 +640,7 @@ def load_lpips(device: torch.device) -> torch.nn.Module:
         import lpips
         return lpips.LPIPS(net='vgg', verbose=False).to(device).eval().requires_grad_(False)
     except Exception as error:                      # it isn't installed, or a download fails in some way
-        raise UserError(f'--perceptual-weight: lpips cannot be loaded ({one_line(error)}); `pip install '
+        raise UserError(f'--perceptual lpips: it cannot be loaded ({one_line(error)}); `pip install '
                         'lpips`, try again, or omit the flag') from None
 
 
@@ -772,10 +780,13 @@ def learning_rate(done: float, last: float) -> float:
     return 1 - (1 - last) * max(0.0, (done - 1 / 50) / (1 - 1 / 50) - 0.05) / 0.95
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict]:
-    """No weight decay on one-dimensional tensors, nor on what stands for a position, a scale or a gate."""
+def parameter_groups(model: torch.nn.Module, weight_decay: float, but: list[Tensor]) -> list[dict]:
+    """Of all but some. No weight decay on one-dimensional tensors, nor on what stands for a position, a scale
+    or a gate."""
     groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)]
-    for name, parameter in model.named_parameters():
+    others = [(name, parameter) for name, parameter in model.named_parameters()
+              if not any(parameter is weight for weight in but)]
+    for name, parameter in others:
         is_free = re.search('position|scale_embedding|adaln_table|log_scale', name) or parameter.ndim <= 1
         groups[bool(is_free)]['params'].append(parameter)
     return groups
@@ -806,14 +817,12 @@ class Stage:
         self.add('model', model, (0.9, 0.95), own['weight_decay'])
 
     def add(self, name: str, module: torch.nn.Module, betas: tuple[float, float], weight_decay: float):
-        groups = parameter_groups(module, weight_decay)
+        matrices = []
         if self.name == 'var' and self.args.var_optimizer == 'muon':
             matrices = [w for block in module.blocks for w in block.parameters() if w.ndim == 2]
             self.optimizers['muon'] = torch.optim.Muon(matrices, weight_decay=weight_decay,
                                                        adjust_lr_fn='match_rms_adamw')
-            ids = set(map(id, matrices))
-            for group in groups:
-                group['params'] = [w for w in group['params'] if id(w) not in ids]
+        groups = parameter_groups(module, weight_decay, matrices)
         self.optimizers[name] = torch.optim.AdamW(groups, betas=betas, fused=True)
         self.networks[name] = parallel(module)
 
@@ -863,7 +872,8 @@ class Stage:
         if self.name == 'var' and self.args.last_weight_decay is not None:      # as released: half a cosine
             first, last = self.args.weight_decay, self.args.last_weight_decay
             decay = last + (first - last) * (0.5 + 0.5 * math.cos(math.pi * self.done))
-            self.optimizers['model'].param_groups[0]['weight_decay'] = decay
+            for name in self.optimizers.keys() & {'model', 'muon'}:
+                self.optimizers[name].param_groups[0]['weight_decay'] = decay
 
     def parts(self, *batch: Tensor):
         """Cuts this process's share of a batch; after the last part, processes exchange their gradients."""
@@ -1204,6 +1214,17 @@ def make_transformer(args: argparse.Namespace, device: torch.device, **more) -> 
     return var
 
 
+def check_loss_terms(args: argparse.Namespace, image_size: int, classes: int):
+    said = f'--perceptual-weight {args.perceptual_weight}: a classifier needs'
+    check(image_size >= 24 or not args.adversarial_weight, 'with --adversarial-weight '
+          f'{args.adversarial_weight} images need 24 pixels or more')
+    check(args.perceptual_weight or 'perceptual' not in args.given, f'--perceptual {args.perceptual}: goes '
+          'with a --perceptual-weight above 0')
+    if args.perceptual_weight and args.perceptual == 'classifier':
+        check(image_size >= 8, f'{said} images of 8 pixels or more; say --perceptual-weight 0')
+        check(classes > 1, f'{said} two classes or more; say --perceptual-weight 0')
+
+
 def bench(args: argparse.Namespace, device: torch.device):
     """Times stage 2 and sampling with these settings, on random weights and data."""
     tokenizer = VQVAE(make(VQVAEConfig, args)).to(device).requires_grad_(False)
@@ -1249,12 +1270,12 @@ def main(argv: list[str]):
         tokenizer = (VQVAE(make(VQVAEConfig, args)) if 'vqvae' in stages else
                      tokenizer_for_stage_2(args, out, saved))
         config = tokenizer.config
-        check(config.image_size >= 24 or not args.adversarial_weight or 'vqvae' not in stages, 'with '
-              f'--adversarial-weight {args.adversarial_weight} images need 24 pixels or more')
         replaced = claim_folder(out, args, stages)
         data = load_data(args, config.image_size, device)
         check(saved is None or saved['data'] == data.fingerprint, f'--data-dir {args.data_dir}: holds other '
               'images than the run to resume was trained on; name those, or start anew in another --out')
+        if 'vqvae' in stages:
+            check_loss_terms(args, config.image_size, len(data.class_names))
     seen = [data.fingerprint, saved and f"{saved['stage']} {saved['step']}"]
     of_rank_0 = from_rank_0(seen)
     check(seen == of_rank_0, f'--data-dir {args.data_dir}, --out {out}: other images or another save than '

@@ -203,7 +203,7 @@ class Classifier(nn.Module):
     """Names the class of images (B, 3, H, W) in [-1, 1]: logits (B, classes). For stage 1's perceptual term.
 
     What it sees on its way tells what images are recognised by: the idea of LPIPS (Zhang et al., 2018), but
-    trained on the images at hand. Convolutions of 3x3 with BatchNorm; sizes halve until 4x4 is left.
+    trained on the images at hand. Convolutions of 3x3 with BatchNorm; sizes halve while 4 pixels remain.
     """
     LAYERS = (1, 1), (2, 2), (3, 2), (4, 1), *[(6, 2)] * 9      # width over that of the first, and stride
 
@@ -231,7 +231,7 @@ class Classifier(nn.Module):
         return list(maps.values())
 
     def distance(self, reconstructions_B3HW: Tensor, images_B3HW: Tensor) -> Tensor:
-        """How differently it sees two batches: (B,), each in [0, 4]. The gradient is of the first alone.
+        """How differently it sees two batches: (B,), each in [0, 2]. The gradient is of the first alone.
 
         At each place the directions of the features are compared, by their squared distance; it is averaged
         over places, and over sizes.

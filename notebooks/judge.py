@@ -5,8 +5,9 @@
     python notebooks/judge.py samples.npz --judge residual          # a second opinion
 
 The judge, a classifier, is trained once on real images (7 to 25 minutes on two cores; shapes: one), and kept.
-A second one has another architecture, seed and augmentation: what is good must please both. All figures but
-the first are of the judge's features before its last layer, and stand beside those of training images.
+A second one has another architecture, seed and augmentation: what is good must please both. Distances,
+precision and recall are taken in features before the judge's last layer (FID: in another network's), and
+stand beside those of training images.
 """
 import sys
 from pathlib import Path
@@ -36,7 +37,8 @@ def read_images(name: str, data_dir: str | None) -> tuple[Tensor, Tensor, Tensor
 
 class Judge(nn.Module):
     """In the manner of airbench94 (K. Jordan, 2024). mirror: an image is judged with its mirror image."""
-    name, seed, crop, cutout, sharpness = 'plain', SEED, 2, 0, 1 / 9
+    name, seed, crop, cutout = 'plain', SEED, 2, 0
+    sharpness = 1 / 9                   # times the last layer's outputs are logits
 
     def __init__(self, widths: tuple[int, ...], mirror: bool):
         super().__init__()
@@ -79,7 +81,9 @@ class Judge(nn.Module):
         return (self.head(features).argmax(1) == labels).float()
 
 
-class Block(nn.Module):
+class ResidualBlock(nn.Module):
+    """(B, width, h, w) -> (B, out, h / stride, w / stride)."""
+
     def __init__(self, width: int, out: int, stride: int):
         super().__init__()
         self.body = nn.Sequential(
@@ -93,11 +97,12 @@ class Block(nn.Module):
 
 class ResidualJudge(Judge):
     """A residual network (He et al., 2016) of four levels. Its images have a grey square each."""
-    name, seed, crop, cutout, sharpness = 'residual', SEED + 2, 4, 8, 1.0
+    name, seed, crop, cutout = 'residual', SEED + 2, 4, 8
+    sharpness = 1.0
 
     def layers(self, width: int) -> list[nn.Module]:
         widths = [width, *(width * 2 ** i for i in range(3)), self.widths[-1]]
-        blocks = [Block(*pair, stride=1 + (i > 0)) for i, pair in enumerate(zip(widths, widths[1:]))]
+        blocks = [ResidualBlock(*pair, stride=1 + (i > 0)) for i, pair in enumerate(zip(widths, widths[1:]))]
         return [nn.Conv2d(3, width, 3, padding=1), *blocks, nn.BatchNorm2d(widths[-1]), nn.ReLU(),
                 nn.AdaptiveAvgPool2d(1)]
 
@@ -106,7 +111,7 @@ class ResidualJudge(Judge):
 
 
 def cut_out(images_B3HW: Tensor, side: int) -> Tensor:
-    """Greys a square somewhere in each image (DeVries and Taylor, 2017), perhaps partly outside."""
+    """Greys a square somewhere in each image (DeVries and Taylor, 2017), perhaps partly or wholly outside."""
     B, _, H, W = images_B3HW.shape
     corners = torch.rand(2, B, 1, device=images_B3HW.device) * (H + side) - side
     rows, columns = ((at >= corner) & (at < corner + side)
@@ -170,8 +175,9 @@ def precision_and_recall(made_ND: Tensor, real_MD: Tensor) -> tuple[float, float
 
 
 def inception_score(probabilities: Tensor) -> float:
-    """Salimans et al. (2016), of this judge's probabilities (N, classes): from 1 to as many as classes, high
-    if each image is one thing clearly and all together are many things."""
+    """Salimans et al. (2016), of a judge's probabilities (N, classes): high where each image is one
+    thing clearly, and all together are many. From 1 to the number of classes, but these judges, trained with
+    labels smoothed by 0.2, are never surer than 0.82, which is 4.2 at most."""
     each = torch.special.entr(probabilities).sum(1).mean()
     return (torch.special.entr(probabilities.mean(0)).sum() - each).exp().item()
 
