@@ -414,8 +414,9 @@ def load_official(name: str, folder: str | None, device: str | torch.device) -> 
 
 def save_model(path: Path, tokenizer: VQVAE, var: VAR, class_names: list[str], defaults: dict,
                dtype: torch.dtype = torch.float32):
-    """What `load` reads. Weights saved as bfloat16 take half the space, and are float32 again once loaded."""
-    weights = {name: {key: tensor.to(dtype) for key, tensor in module.state_dict().items()}
+    """What `load` reads, on any device. Weights saved as bfloat16 take half the space, and are float32 again
+    once loaded."""
+    weights = {name: {key: tensor.to('cpu', dtype) for key, tensor in module.state_dict().items()}
                for name, module in dict(vqvae=tokenizer, var=var).items()}
     save_checkpoint(path, 'var', vqvae_config=asdict(tokenizer.config), var_config=asdict(var.config),
                     class_names=class_names, defaults=defaults, **weights)

@@ -751,10 +751,10 @@ def test_muon_moves_the_matrices_of_blocks_and_is_resumed(tiny_run, tmp_path):  
     moved = {kind: [names[id(weight)] for group in optimizer.param_groups for weight in group['params']]
              for kind, optimizer in stage.optimizers.items()}
     assert sorted(moved['muon'] + moved['model']) == sorted(names.values())
-    stage.args.last_weight_decay, stage.step = 0.01, stage.total
+    stage.args.last_weight_decay, stage.step = 0.01, stage.total - 1
     stage.set_schedule()
     assert {kind: [group['weight_decay'] for group in optimizer.param_groups]
-            for kind, optimizer in stage.optimizers.items()} == dict(muon=[0.01], model=[0.01, 0])
+            for kind, optimizer in stage.optimizers.items()} == dict(muon=[0.01], model=[0.01, 0.0])
     assert set(moved['muon']) == {name for name, weight in var.named_parameters()
                                   if name.startswith('blocks.') and weight.ndim == 2}
 
@@ -945,7 +945,7 @@ def test_bfloat16_logits_are_near_float32_and_choose_the_same_tokens():
             logits_BLV = var(labels, inputs_BLC)
     error, same = (logits_BLV - exact).norm() / exact.norm(), logits_BLV.argmax(-1) == exact.argmax(-1)
     print(f'bfloat16: relative error {error:.1e}, {same.float().mean():.2%} of the likeliest tokens the same')
-    assert error <= 1e-2 and same.float().mean() >= 0.98
+    assert error <= 1e-2 and same.float().mean() >= 0.975       # 98.1% where README was measured
 
 
 def test_a_call_casts_each_weight_once(tiny_run):
@@ -1194,10 +1194,10 @@ def test_the_perceptual_distance_compares_directions_of_features_at_each_size():
 
 
 def test_the_classifier_of_the_perceptual_term_learns_first_and_is_resumed(tmp_path, capsys, monkeypatch):
-    flags = '--stage vqvae --perceptual-weight 1 --classifier-epochs 6 --classifier-channels 8 '
+    flags = '--stage vqvae --perceptual-weight 1 --classifier-epochs 20 --classifier-channels 16 '
     whole = run(flags + '--train-count 640', tmp_path / 'whole')
-    right = float(re.search('classifier: 30 steps, right on (.*)% of held-out', capsys.readouterr().out)[1])
-    assert right > 25 and all(float(row['perceptual']) > 0 for row in curve(whole, 'vqvae', 'train'))
+    right = float(re.search('classifier: 100 steps, right on (.*)% of held-out', capsys.readouterr().out)[1])
+    assert right > 50 and all(float(row['perceptual']) > 0 for row in curve(whole, 'vqvae', 'train'))
     before, after = (train.sample.read_checkpoint(whole / f'{name}.pt', ('resume',))['weights']
                      for name in ('previous', 'last'))
     assert all(torch.equal(before['classifier'][name], value) for name, value in after['classifier'].items())
@@ -1213,7 +1213,15 @@ def test_the_classifier_of_the_perceptual_term_learns_first_and_is_resumed(tmp_p
     assert not same_weights(plain / 'vqvae.pt', whole / 'vqvae.pt', 'vqvae')
     short = (TINY.replace('--vqvae-steps 4 --var-steps 4', '--budget-minutes 1e-5') + flags).split()
     error = complaint(train.main, [*short, '--out', tmp_path / 'short'], capsys, monkeypatch)
-    assert '--budget-minutes' in error and 'fewer --classifier-epochs than 6' in error
+    assert '--budget-minutes' in error and 'fewer --classifier-epochs than 20' in error
+
+
+def test_a_folder_of_one_class_has_nothing_to_be_told_apart(tmp_path, capsys, monkeypatch):
+    folder = write_images(tmp_path / 'photos', 12, classes=('bird',))
+    flags = TINY.replace('--train-count 64 --val-count 32', f'--perceptual-weight 1 --data-dir {folder}')
+    flags = [*flags.split(), '--out', tmp_path / 'run']
+    error = complaint(train.main, flags, capsys, monkeypatch, 'held out')
+    assert '--perceptual-weight 1.0: a classifier needs two classes' in error
 
 
 def test_lpips_is_asked_for_by_its_flag(tmp_path, capsys, monkeypatch):
@@ -1230,7 +1238,7 @@ def test_lpips_is_asked_for_by_its_flag(tmp_path, capsys, monkeypatch):
     flags = [*TINY.split(), '--stage', 'vqvae', '--perceptual-weight', '1',
              '--perceptual', 'lpips', '--out', str(tmp_path / 'run')]
     error = complaint(train.main, flags, capsys, monkeypatch)
-    assert '--perceptual-weight' in error and 'pip install lpips' in error
+    assert '--perceptual lpips' in error and 'pip install lpips' in error
     monkeypatch.setitem(sys.modules, 'lpips', SimpleNamespace(LPIPS=StandIn))
     train.main(flags)
     assert float(curve(tmp_path / 'run', 'vqvae')[0]['perceptual']) > 0
@@ -1538,6 +1546,11 @@ WRONG_FLAGS = """
     train.py --budget-vqvae 1                       | --budget-vqvae 1; (0, 1)
     train.py --discriminator-channels 20            | --discriminator-channels 20; multiple of 16
     train.py --adversarial-weight 1 --image-size 16 --scales 1 4 --stage vqvae  | --adversarial-weight; 24
+    train.py --perceptual-weight 1 --image-size 4 --scales 1 2 --patch-size 2  | --perceptual-weight; 8 pixel
+    train.py --perceptual lpips                     | --perceptual lpips; above 0
+    train.py --perceptual vgg                       | --perceptual vgg; classifier
+    train.py --var-optimizer sgd                    | --var-optimizer sgd; muon
+    train.py --classifier-epochs 0                  | --classifier-epochs 0; 1 or more
     train.py --preset cifar10 --data-dir nowhere    | nowhere; no such folder
     train.py --preset cifar10 --image-size 64 --scales 1 16   | --image-size 64; 32
     train.py --seed 3000000000                      | --seed 3000000000; in [0, 2^31)

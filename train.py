@@ -556,7 +556,8 @@ def train_tokenizer(run: SimpleNamespace, tokenizer: VQVAE):
         if stage.is_time_to_validate:
             stage.report(validate_tokenizer(stage, tokenizer))
             if rank() == 0:
-                sample.save_checkpoint(run.out / 'vqvae.pt', 'vqvae', vqvae=tokenizer.state_dict(),
+                weights = {name: tensor.cpu() for name, tensor in tokenizer.state_dict().items()}
+                sample.save_checkpoint(run.out / 'vqvae.pt', 'vqvae', vqvae=weights,
                                        vqvae_config=asdict(tokenizer.config))
                 show_reconstructions(run, tokenizer)
 

@@ -76,8 +76,9 @@ def test_the_curves_of_a_run_are_drawn(folder, tiny_run, tmp_path):  # noqa: F81
     assert image.shape == (440, 770, 3) and coloured.sum() > 2000        # not its legend alone
 
 
-def test_the_committed_model_is_small_and_draws_every_class():
-    path = HERE / 'cifar10.pt'
+@pytest.mark.parametrize('name', ['cifar10.pt', 'cifar10-h100.pt'])
+def test_the_committed_models_are_small_and_draw_every_class(name):
+    path = HERE / name
     assert path.stat().st_size <= 24 * 2 ** 20
     assert torch.load(path, weights_only=True)['var']['head.weight'].dtype == torch.bfloat16
     tokenizer, var, defaults = sample.load(path)
