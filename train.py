@@ -781,7 +781,7 @@ def learning_rate(done: float, last: float) -> float:
     return 1 - (1 - last) * max(0.0, (done - 1 / 50) / (1 - 1 / 50) - 0.05) / 0.95
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float, but: list[Tensor]) -> list[dict]:
+def parameter_groups(model: torch.nn.Module, weight_decay: float, but=()) -> list[dict]:
     """Of all but some. No weight decay on one-dimensional tensors, nor on what stands for a position, a scale
     or a gate."""
     groups = [dict(params=[], weight_decay=weight_decay), dict(params=[], weight_decay=0.0)]
@@ -1015,7 +1015,7 @@ class Stage:
 
 
 # -------------------------------------------------------------------------------------- the folder of a run
-COUNTERS = 'step seconds budget log metrics'.split()                   # of a stage, saved as they are
+COUNTERS = 'step seconds budget log metrics'.split()            # of a stage, saved as they are
 SAVED = {*COUNTERS, 'settings', 'data', 'stage', 'unfinished', 'weights', 'optimizers', 'state'}
 NOT_SAVED = 'out resume overwrite stop_after_minutes bench given'.split()
 MAY_CHANGE = ('device dtype workers compile activation_checkpointing cache_tokens cache_passes data_dir '
@@ -1226,6 +1226,15 @@ def check_loss_terms(args: argparse.Namespace, image_size: int, classes: int):
         check(classes > 1, f'{said} two classes or more; say --perceptual-weight 0')
 
 
+def note_slow_bfloat16(device: torch.device):
+    """Muon multiplies in bfloat16, for which many CPUs have no instructions."""
+    matrix = torch.ones(512, 512, device=device)        # not random, lest what is drawn later differs
+    by_32, by_16 = (sample.seconds_of(lambda: a @ a, device) for a in (matrix, matrix.bfloat16()))
+    if by_16 > 2 * by_32:
+        say(f'note: this {device.type} multiplies bfloat16 {by_16 / by_32:.0f} times slower than float32; '
+            'Muon multiplies in it, so --var-optimizer adamw will learn more in the same time')
+
+
 def bench(args: argparse.Namespace, device: torch.device):
     """Times stage 2 and sampling with these settings, on random weights and data."""
     tokenizer = VQVAE(make(VQVAEConfig, args)).to(device).requires_grad_(False)
@@ -1264,6 +1273,8 @@ def main(argv: list[str]):
         torch.manual_seed(args.seed)
         if args.compile:
             sample.check_compiler(device)
+        if args.var_optimizer == 'muon' and 'var' in stages and not saved:
+            note_slow_bfloat16(device)
         if args.bench:
             check(world_size() == 1, '--bench: times one process')
             return bench(args, device)
