@@ -945,7 +945,7 @@ def test_bfloat16_logits_are_near_float32_and_choose_the_same_tokens():
             logits_BLV = var(labels, inputs_BLC)
     error, same = (logits_BLV - exact).norm() / exact.norm(), logits_BLV.argmax(-1) == exact.argmax(-1)
     print(f'bfloat16: relative error {error:.1e}, {same.float().mean():.2%} of the likeliest tokens the same')
-    assert error <= 1e-2 and same.float().mean() >= 0.975       # 98.1% where README was measured
+    assert error <= 1e-2 and same.float().mean() >= 0.98
 
 
 def test_a_call_casts_each_weight_once(tiny_run):
