@@ -692,10 +692,11 @@ def flops_of(tokenizer_config: VQVAEConfig, var_config: VARConfig) -> dict[str, 
     """FLOPs of one image, a multiplication and an addition being two: 'encode', 'decode', 'train' (the
     transformer forwards and backwards, on tokens) and 'sample' (guided, decoding included)."""
     D, V, C, lengths = var_config.width, var_config.vocab_size, var_config.z_channels, var_config.lengths
-    L, depth, adaln = sum(lengths), var_config.depth, 1 if var_config.shared_adaln else var_config.depth
+    L, depth, projections = sum(lengths), var_config.depth, 1 if var_config.shared_adaln else var_config.depth
+    adaln = (12 * projections + 4) * D * D if var_config.adaln else 0
     seen = sum(length * sum(lengths[:k + 1]) for k, length in enumerate(lengths))
     # a place: q, k, v, proj 8 D^2, MLP 16 D^2, head 2 D V; a pair of places, in a block: 4 D; a class: AdaLN
-    forward, drawn = ((24 * depth * D * D + 2 * D * V) * L + 4 * D * depth * pairs + (adaln * 12 + 4) * D * D
+    forward, drawn = ((24 * depth * D * D + 2 * D * V) * L + 4 * D * depth * pairs + adaln
                       for pairs in (L * L, seen))
     words = 2 * C * D * (L - 1)
     with torch.device('meta'), torch.no_grad():
@@ -787,19 +788,20 @@ FLAGS = {                               # name, type, default, help
 NEEDS = dict(weights_dir='official', box='image', mask='image', keep_scales='image', compare='image',
              inpaint='box mask', outpaint='box mask', paste='box mask', image='box mask keep_scales',
              show_scales='out')
+NEED_SCALES = ('keep_scales', 'show_scales', 'smooth')
 ENDINGS = dict(out=tuple(IMAGE_FORMATS), compare=tuple(IMAGE_FORMATS), npz=('.npz',), export=('.pt',))
 EXCLUDE = [('box', 'mask'), ('inpaint', 'outpaint'), ('smooth', 'show_scales'), ('paste', 'show_scales'),
            ('compare', 'show_scales'), *((name, 'bench') for name in 'out npz png_dir export image'.split())]
 
 
 def add_flag(group, name: str, kind, default, help: str):
-    """kind: bool, a list of choices, or the type of an argument, of which tuple[int, ...] takes several,
-    tuple[int, int] two, and int | None one."""
+    """kind: bool, choices (a list or a Literal), or the type of an argument, of which tuple[int, ...] takes
+    several, tuple[int, int] two, and int | None one."""
     options = dict(default=default, help=help.replace('%', '%%'))
     if kind is bool:
         options |= dict(action=argparse.BooleanOptionalAction)
-    elif isinstance(kind, list):
-        options |= dict(choices=kind)
+    elif isinstance(kind, list) or typing.get_origin(kind) is typing.Literal:
+        options |= dict(choices=list(typing.get_args(kind) or kind))
     else:
         kinds = typing.get_args(kind) or [kind]
         if typing.get_origin(kind) is tuple:
@@ -876,6 +878,9 @@ def main(argv: list[str]):
         device = choose_device(args.device)
         tokenizer, var, sampling = (load_official(args.official, args.weights_dir, device) if args.official
                                     else load(args.checkpoint, device))
+        for name in NEED_SCALES:
+            check(var.config.order == 'scale' or not getattr(args, name), f'{flag(name)}: needs a model of '
+                  'several scales, but this one writes a single map in raster order; omit the flag')
         sampling |= {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
         if args.compile:
             check_compiler(device)

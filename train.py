@@ -706,8 +706,10 @@ def train_transformer(run: SimpleNamespace, var: VAR, tokenizer: VQVAE):
             stage.report(row)
             is_best = row['loss'] < lowest_loss.item() or not path.exists()
             lowest_loss.fill_(min(lowest_loss.item(), row['loss']))
+            kept = [path] * is_best + [run.out / f'var-{stage.step}.pt'] * args.keep_models
+            for path_kept in kept if rank() == 0 else ():
+                sample.save_model(path_kept, tokenizer, var, run.data.class_names, sampling)
             if rank() == 0 and is_best:
-                sample.save_model(path, tokenizer, var, run.data.class_names, sampling)
                 show_samples(run, tokenizer, var, sampling)
             elif not is_best:
                 say('not its lowest loss, so var.pt stays that of an earlier step')
@@ -1043,7 +1045,8 @@ def claim_folder(out: Path, args: argparse.Namespace, stages: list[str]) -> list
         last = read_resume(out, mmap=True)
         check(not (held or last and last.get('unfinished', True)), f'--out {out}: already holds a run; '
               '--resume goes on with it, --overwrite replaces it, or choose another --out')
-    return [*held, out / 'previous.pt', out / 'tokens.bin', out / 'tokens.txt'] if args.overwrite else []
+    others = [out / name for name in ('previous.pt', 'tokens.bin', 'tokens.txt')]
+    return [*held, *others, *out.glob('var-*.pt')] if args.overwrite else []
 
 
 def tokenizer_for_stage_2(args: argparse.Namespace, out: Path, saved: dict | None) -> VQVAE:
@@ -1131,11 +1134,13 @@ FLAGS = {                               # name, type, default, help; or a field 
         ('discriminator_start', ANY_COUNT, 0, 'the step at which the discriminator joins'),
         ('discriminator_channels', SIXTEENS, 64, 'of its first layer')],
     'the transformer': [
-        'unit_norm', 'shared_adaln', 'label_dropout', 'stochastic_depth', 'adaln_gamma_init'],
+        'order', 'adaln', 'unit_norm', 'shared_adaln', 'label_dropout', 'stochastic_depth',
+        'adaln_gamma_init'],
     'what is saved': [
         ('overwrite', bool, False, 'replace the run in --out'),
         ('log_every_steps', COUNT, 50, 'a line of the log'),
         ('save_every_steps', COUNT, 500, 'validate, draw images and save; also done at the end'),
+        ('keep_models', bool, False, 'keep what stage 2 saves, each as var-STEP.pt beside var.pt'),
         ('cfg', STRENGTH, 1.5, 'sampling default that var.pt carries: guidance; see sample.py'),
         ('top_k', ANY_COUNT, 900, 'likewise'),
         ('top_p', SHARE, 0.96, 'likewise')],
@@ -1265,7 +1270,6 @@ def main(argv: list[str]):
     start_processes()
     with rank_0_first():                                        # who also downloads for all
         args, saved = parse(argv)
-        make(VARConfig, args, num_classes=1)                    # complains early
         stages = ['vqvae', 'var'] if args.stage == 'both' else [args.stage]
         if saved and saved['stage'] == 'var':                   # stage 1 is done
             stages = ['var']
@@ -1282,6 +1286,8 @@ def main(argv: list[str]):
         tokenizer = (VQVAE(make(VQVAEConfig, args)) if 'vqvae' in stages else
                      tokenizer_for_stage_2(args, out, saved))
         config = tokenizer.config
+        if 'var' in stages:
+            make(VARConfig, args, num_classes=1, scales=config.scales)          # complains early
         replaced = claim_folder(out, args, stages)
         data = load_data(args, config.image_size, device)
         check(saved is None or saved['data'] == data.fingerprint, f'--data-dir {args.data_dir}: holds other '

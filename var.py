@@ -26,7 +26,7 @@ Shapes stand in the names of tensors:
 import math
 from dataclasses import dataclass
 from functools import reduce
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,9 @@ class VARConfig:
     vocab_size: Annotated[int, 'V, codes in the codebook'] = 4096
     z_channels: Annotated[int, 'C, channels of a latent'] = 32
     scales: Annotated[tuple[int, ...], 'side of each map, coarse to fine'] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
+    order: Annotated[Literal['scale', 'raster'], 'scale by scale; or one map, token by token'] = 'scale'
     unit_norm: Annotated[bool, 'cosine attention: queries and keys of length 1'] = True
+    adaln: Annotated[bool, 'the class steers norms and branches, beside the first token'] = True
     shared_adaln: Annotated[bool, 'one AdaLN projection for all blocks (released for depth 36)'] = False
     label_dropout: Annotated[float, 'share of labels that training replaces by the null class'] = 0.1
     stochastic_depth: Annotated[float | None, 'chance to skip the last block; None: 0.1 * depth / 24'] = None
@@ -63,7 +65,8 @@ class VARConfig:
 
     @property
     def lengths(self) -> list[int]:
-        return [side * side for side in self.scales]                    # tokens of each scale; L is their sum
+        """Tokens of each group that is predicted at once, a scale or a single token; L is their sum."""
+        return [side * side for side in self.scales] if self.order == 'scale' else [1] * self.scales[0] ** 2
 
     def __post_init__(self):
         for name in ('depth', 'num_classes', 'vocab_size', 'z_channels'):
@@ -72,8 +75,14 @@ class VARConfig:
         for name in ('label_dropout', 'stochastic_depth'):
             if not 0 <= (getattr(self, name) or 0) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: must lie in [0, 1)')
-        if len(self.scales) < 2 or self.scales[0] != 1 or list(self.scales) != sorted(set(self.scales)):
-            raise ValueError(f'scales={self.scales}: must start at 1 and rise, two scales or more')
+        if self.shared_adaln and not self.adaln:
+            raise ValueError('shared_adaln=True: with adaln=False there is none to share')
+        sides = list(self.scales)
+        fits = dict(scale=sides[:1] == [1] and len(sides) > 1 and sides == sorted(set(sides)),
+                    raster=len(sides) == 1 and sides[0] > 1)
+        if not fits.get(self.order):
+            raise ValueError(f'scales={self.scales}, order={self.order}: order scale needs two or more that '
+                             'rise from 1, order raster one map alone, of 2x2 or more')
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask_ll: Tensor | None, scale: float) -> Tensor:
@@ -130,7 +139,7 @@ class Block(nn.Module):
         if config.shared_adaln:
             self.adaln_table = nn.Parameter(torch.randn(1, 1, 6, D) / D ** 0.5)   # added to the shared one
         else:
-            self.adaln = nn.Linear(D, 6 * D)
+            self.adaln = nn.Linear(D, 6 * D) if config.adaln else PlainNorm(D, gammas=2, others=4)
 
     def modulation(self, class_BD: Tensor, shared_B16D: Tensor | None, noise_B2: Tensor | None) -> list:
         """gamma1, gamma2, scale1, scale2, shift1, shift2 of these classes, (B, 1, D) each."""
@@ -152,6 +161,17 @@ class Block(nn.Module):
         return torch.addcmul(x_BlD, gamma2, h)
 
 
+class PlainNorm(nn.Module):
+    """In AdaLN's place: what it would make of the class is learned instead, the same for all classes."""
+
+    def __init__(self, D: int, gammas: int, others: int):
+        super().__init__()
+        self.values = nn.Parameter(torch.cat([torch.ones(gammas * D), torch.zeros(others * D)]))
+
+    def forward(self, class_BD: Tensor) -> Tensor:
+        return self.values.expand(len(class_BD), -1)
+
+
 def modulate(x_BlD: Tensor, scale_B1D: Tensor, shift_B1D: Tensor) -> Tensor:
     """AdaLN: normalise, then scale and shift as the class says."""
     normalised = F.layer_norm(x_BlD, x_BlD.shape[-1:], eps=1e-6).to(scale_B1D.dtype)
@@ -163,8 +183,8 @@ class VAR(nn.Module):
 
     def __init__(self, config: VARConfig):
         super().__init__()
-        self.config, self.is_checkpointed = config, False
-        D, L, K, depth = config.width, sum(config.lengths), len(config.scales), config.depth
+        self.config, self.is_checkpointed, lengths = config, False, config.lengths
+        D, L, K, depth = config.width, sum(lengths), len(config.scales), config.depth
         self.class_embedding = nn.Embedding(config.num_classes + 1, D)
         self.start_position = nn.Parameter(torch.empty(1, 1, D))        # as released, on top of position 0
         self.word_embedding = nn.Linear(config.z_channels, D)
@@ -174,14 +194,14 @@ class VAR(nn.Module):
             self.shared_adaln = nn.Linear(D, 6 * D)
         drop_rate = 0.1 * depth / 24 if config.stochastic_depth is None else config.stochastic_depth
         self.blocks = nn.ModuleList(Block(config, drop_rate * i / max(1, depth - 1)) for i in range(depth))
-        self.head_adaln = nn.Linear(D, 2 * D)
+        self.head_adaln = nn.Linear(D, 2 * D) if config.adaln else PlainNorm(D, gammas=0, others=2)
         self.head = nn.Linear(D, config.vocab_size)
 
-        scales_K = torch.arange(K, device='cpu')        # has values even where weights are on the meta device
-        scale_L = scales_K.repeat_interleave(torch.tensor(config.lengths, device='cpu'))
-        self.register_buffer('scale_of_token_L', scale_L, persistent=False)
-        # block-causal: True where the row's place sees the column's, in all scales up to its own
-        self.register_buffer('mask_LL', scale_L[:, None] >= scale_L[None, :], persistent=False)
+        groups = torch.arange(len(lengths), device='cpu')   # have values even where weights are on 'meta'
+        group_L = groups.repeat_interleave(torch.tensor(lengths, device='cpu'))
+        self.register_buffer('scale_of_token_L', group_L.clamp(max=K - 1), persistent=False)
+        # block-causal: True where the row's place sees the column's, in all groups up to its own
+        self.register_buffer('mask_LL', group_L[:, None] >= group_L[None, :], persistent=False)
         self.init_weights()
 
     def init_weights(self):
@@ -197,10 +217,13 @@ class VAR(nn.Module):
         nn.init.trunc_normal_(self.position, std=std)
         with torch.no_grad():
             self.head.weight.mul_(0.02)
-            self.head_adaln.weight.mul_(0.5)
+            if self.config.adaln:
+                self.head_adaln.weight.mul_(0.5)
             for block in self.blocks:
                 block.attention.proj.weight.div_(math.sqrt(2 * depth))
                 block.fc2.weight.div_(math.sqrt(2 * depth))
+                if not self.config.adaln:
+                    continue
                 table_6 = (block.adaln_table[0, 0] if self.config.shared_adaln
                            else block.adaln.weight.unflatten(0, (6, D)))
                 table_6[:2].mul_(self.config.adaln_gamma_init)          # gamma1, gamma2
@@ -265,16 +288,17 @@ class VAR(nn.Module):
         """Labels in [0, num_classes] -> images (B, 3, image_size, image_size) in [-1, 1], tokens_BL if asked.
 
         cfg: strength of classifier-free guidance at the last scale; it rises from 0 at the first, as
-        released. (Where guidance is written as uncond + s * (cond - uncond), s is 1 + cfg.) top_k, top_p: see
+        released; of raster order, throughout. (Where guidance is written as uncond + s * (cond - uncond), s
+        is 1 + cfg.) top_k, top_p: see
         `draw_tokens`; the defaults are the released code's for FID (paper: top-k 600). noise_BL: one uniform
         number in [0, 1) per token, which alone decides what is drawn; None: from torch's default generator.
         kept_BL: int64, the token to keep, or -1 where one is to be drawn, as from `VQVAE.keep`; None: all are
         drawn. temperature: divides the logits. gumbel_BLV: Gumbel noise, which makes an image of mixtures of
-        codes (see `mix_codes`) instead of the tokens that are returned; None: of those.
+        codes (see `mix_codes`; not in raster order) instead of the tokens that are returned; None: of those.
         Raises ValueError at a tokenizer of another kind, and where logits aren't finite.
         """
         self.check_tokenizer(tokenizer)
-        B, K, depth, lengths = len(labels_B), len(self.config.scales), self.config.depth, self.config.lengths
+        B, depth, lengths, K = len(labels_B), self.config.depth, self.config.lengths, len(self.config.lengths)
         if noise_BL is None:
             noise_BL = torch.rand(B, sum(lengths), device=labels_B.device)
         kept_BL = (labels_B.new_full((1, 1), -1) if kept_BL is None else kept_BL).expand(B, sum(lengths))
@@ -282,18 +306,18 @@ class VAR(nn.Module):
         asked = [labels_B, torch.full_like(labels_B, self.config.num_classes)] if cfg else [labels_B]
         class_ND = self.class_embedding(torch.cat(asked))
         modulations = self.modulations(class_ND)
-        # allocated once for all scales: blocks, key or value, N, heads, L, 64; in the type of attention
+        # allocated once for all groups: blocks, key or value, N, heads, L, 64; in the type of attention
         device = class_ND.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else class_ND.dtype
         caches = class_ND.new_empty((depth, 2, len(class_ND), depth, sum(lengths), HEAD_WIDTH), dtype=dtype)
         positions = self.positions().split(lengths, dim=1)
         x_NlD = class_ND[:, None] + self.start_position + positions[0]
-        tokens, finite, f_hat = [], [], 0.0
+        tokens, codes, finite, f_hat = [], [], [], 0.0
         for k, (noise_Bl, kept_Bl) in enumerate(zip(noise_BL.split(lengths, 1), kept_BL.split(lengths, 1))):
             start = sum(lengths[:k])
-            # no mask: the cache ends with scale k, within which all places see each other
+            # no mask: the cache ends with group k, within which all places see each other
             logits_NlV = self.transform(x_NlD, modulations, None, caches, start)
-            t = cfg * k / (K - 1)
+            t = cfg * k / (K - 1) if self.config.order == 'scale' else cfg
             logits_BlV = logits_NlV[:B]
             if cfg:                                         # (1 + t) * conditional - t * unconditional
                 logits_BlV = (logits_BlV - logits_NlV[B:]).mul_(t).add_(logits_BlV)
@@ -301,18 +325,18 @@ class VAR(nn.Module):
             finite.append(logits_BlV.sum().isfinite())
             drawn_Bl = draw_tokens(logits_BlV, noise_Bl, top_k, top_p)
             tokens.append(torch.where(kept_Bl < 0, drawn_Bl, kept_Bl))
-            codes = tokens[-1]                                  # or mixtures of them
+            codes.append(tokens[-1])                            # or mixtures of them
             if gumbel_BLV is not None:
                 gumbel_BlV = gumbel_BLV[:, start:start + lengths[k]]
-                codes = mix_codes(logits_BlV, gumbel_BlV, kept_Bl, top_k, top_p, progress=k / (K - 1))
-            f_hat = f_hat + tokenizer.contribution(codes, k)
+                codes[-1] = mix_codes(logits_BlV, gumbel_BlV, kept_Bl, top_k, top_p, progress=k / (K - 1))
             if k < K - 1:
-                x_BlD = self.word_embedding(tokenizer.next_input(f_hat, k)).float() + positions[k + 1]
+                f_hat, input_BlC = tokenizer.write(f_hat, codes[-1], k)
+                x_BlD = self.word_embedding(input_BlC).float() + positions[k + 1]
                 x_NlD = torch.cat([x_BlD] * len(asked))
-        for side, is_finite in zip(self.config.scales, torch.stack(finite).tolist()):       # a GPU waits once
+        for k, is_finite in enumerate(torch.stack(finite).tolist(), start=1):       # a GPU waits once
             if not is_finite:
-                raise ValueError(f'logits of scale {side}x{side} are not finite, at cfg={cfg}')
-        images = tokenizer.decode_f_hat(f_hat).clamp(-1, 1)
+                raise ValueError(f'logits of step {k} of {K} are not finite, at cfg={cfg}')
+        images = tokenizer.decode_f_hat(tokenizer.f_hats(torch.cat(codes, dim=1))[-1]).clamp(-1, 1)
         return (images, torch.cat(tokens, dim=1)) if return_tokens else images
 
     # --- the authors' weights

@@ -69,8 +69,9 @@ class VQVAEConfig:
             raise ValueError(f'channels={self.channels}: must be a multiple of 32, the groups of GroupNorm')
         if not self.channel_mults or min(self.channel_mults) < 1:
             raise ValueError(f'channel_mults={self.channel_mults}: needs one or more numbers of at least 1')
-        if len(self.scales) < 2 or self.scales[0] != 1 or list(self.scales) != sorted(set(self.scales)):
-            raise ValueError(f'scales={self.scales}: must start at 1 and rise, two scales or more')
+        rises = list(self.scales) == sorted(set(self.scales))
+        if not rises or not (self.scales[:1] == (1,) or len(self.scales) == 1):
+            raise ValueError(f'scales={self.scales}: must start at 1 and rise, or be one map alone')
         if self.scales[-1] * self.stride != self.image_size:
             raise ValueError(f'scales={self.scales}: the last must be the latent size, image_size / stride = '
                              f'{self.image_size} / {self.stride} = {self.image_size / self.stride:g}')
@@ -82,7 +83,7 @@ def phi_of_scale(k: int, K: int) -> int:
     The ticks are four points spread over [0, 1], literally as released: at ties their rounding decides.
     """
     ticks = np.linspace(1 / 3 / PHIS, 1 - 1 / 3 / PHIS, PHIS)
-    return int(np.argmin(np.abs(ticks - k / (K - 1))))
+    return int(np.argmin(np.abs(ticks - k / max(1, K - 1))))
 
 
 # ---------------------------------------------------------------------------------------- networks
@@ -331,8 +332,23 @@ class VQVAE(nn.Module):
         far, one vector for each token to predict. (The tokens of scale k alone stand on a smaller grid, and
         are only what that scale added.) Scale 1 has no input: it is predicted from the class.
         """
-        f_hats = self.f_hats(tokens_BL)[:-1]
-        return torch.cat([self.next_input(f_hat, k) for k, f_hat in enumerate(f_hats)], dim=1)
+        f_hat, inputs = 0.0, []
+        groups = tokens_BL.split(self.scale_lengths if len(self.scale_lengths) > 1 else 1, dim=1)
+        for k, tokens_Bl in enumerate(groups[:-1]):
+            f_hat, input_BlC = self.write(f_hat, tokens_Bl, k)
+            inputs.append(input_BlC)
+        return torch.cat(inputs, dim=1)
+
+    def write(self, f_hat_BCHW: Tensor | float, tokens_Bl: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Adds group k (from 0). Returns what is written, and what of it predicts group k + 1: (B, l, C).
+
+        A group is a scale: f_hat grows, and is seen in the grid of the next. Or it is a token, of a single
+        map in raster order: its code is seen, and f_hat waits until all are there.
+        """
+        if len(self.config.scales) == 1:
+            return f_hat_BCHW, self.codebook(tokens_Bl)
+        f_hat_BCHW = f_hat_BCHW + self.contribution(tokens_Bl, k)
+        return f_hat_BCHW, self.next_input(f_hat_BCHW, k)
 
     def next_input(self, f_hat_BCHW: Tensor, k: int) -> Tensor:
         """f_hat after scale k (from 0) -> the transformer's input for scale k + 1, (B, l, C)."""
@@ -349,7 +365,7 @@ class VQVAE(nn.Module):
         sides = self.config.scales                          # the latents' minimum over their pixels:
         keep_B1HW = 1 - F.adaptive_max_pool2d(1 - keep_BHW[:, None].float(), sides[-1])
         keeps = [F.interpolate(keep_B1HW, (side, side), mode='bilinear').flatten(1) > 0.5 for side in sides]
-        keeps[0] = torch.ones_like(keeps[0])
+        keeps[0] |= sides[0] == 1
         return tokens_BL.where(torch.cat(keeps, dim=1), -1)
 
     # --- training
