@@ -48,12 +48,16 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def tokenizer():
+def small_tokenizer(scales=SCALES):
     model = VQVAE(VQVAEConfig(image_size=10, patch_size=2, channels=32, z_channels=4, vocab_size=16,
-                              scales=SCALES))
+                              scales=scales))
     model.codebook.weight.data.mul_(0.3)
     return model.eval()
+
+
+@pytest.fixture
+def tokenizer():
+    return small_tokenizer()
 
 
 def small_var(**changes) -> VAR:
@@ -89,10 +93,20 @@ def test_scales_share_four_phis_by_the_released_rule(table):
     assert [vqvae_module.phi_of_scale(k, len(table)) for k in range(len(table))] == table
 
 
-@pytest.mark.parametrize('scales', [(1,), (2, 5), (1, 3, 3, 5), (1, 5, 3), (1, 2, 4), ()])
+@pytest.mark.parametrize('scales', [(1,), (2, 5), (1, 3, 3, 5), (1, 5, 3), (1, 2, 4), (4,), ()])
 def test_a_pyramid_that_does_not_rise_from_1_to_the_latent_size_is_refused(scales):
     with pytest.raises(ValueError, match='^scales='):
         VQVAEConfig(image_size=10, patch_size=2, scales=scales)
+
+
+@pytest.mark.parametrize('order, scales', [
+    ('scale', (5,)), ('scale', (2, 5)), ('scale', (1, 5, 3)), ('scale', (1,)), ('scale', ()),
+    ('raster', SCALES), ('raster', (1,)), ('raster', ()), ('snake', (5,)), ('snake', SCALES)])
+def test_scales_are_predicted_in_scale_order_and_one_map_alone_in_raster_order(order, scales):
+    with pytest.raises(ValueError, match=re.escape(f'scales={scales}, order={order}: ')):
+        VARConfig(order=order, scales=scales)
+    assert VARConfig(scales=SCALES).lengths == [1, 4, 9, 25]
+    assert VARConfig(order='raster', scales=(5,)).lengths == [1] * 25
 
 
 # --------------------------------------------------------------------------------------- the tokenizer
@@ -142,6 +156,24 @@ def test_teacher_inputs_are_the_accumulated_f_hat_shrunk_to_the_next_scale(token
     for k, inputs in enumerate(inputs_BLC.split([4, 9, 25], dim=1)):
         expected = torch.stack([slow_area(f_hat, SCALES[k + 1]) for f_hat in f_hats[k].detach()])
         torch.testing.assert_close(inputs, expected, atol=1e-6, rtol=0)
+
+
+def test_a_single_map_is_an_ordinary_vqvae_whose_inputs_are_the_codes_of_the_tokens_before():
+    tokenizer = small_tokenizer((5,))
+    images, codes_VC = images_of(tokenizer), tokenizer.codebook.weight.detach()
+    f = tokenizer.features(images).detach()
+    tokens_BL = tokenizer.encode(images)
+    nearest = torch.cdist(f.flatten(2).transpose(1, 2), codes_VC[None]).argmin(-1)
+    assert tokens_BL.shape == (2, 25) and torch.equal(tokens_BL, nearest)
+    looked_up = codes_VC[tokens_BL].transpose(1, 2).unflatten(2, (5, 5))
+    assert tokenizer.phi_table == [0]
+    phi = tokenizer.phis[0]
+    f_hat = 0.5 * looked_up + 0.5 * F.conv2d(looked_up, phi.weight, phi.bias, padding=1)
+    torch.testing.assert_close(tokenizer.decode(tokens_BL), tokenizer.decode_f_hat(f_hat).clamp(-1, 1))
+    assert torch.equal(tokenizer.teacher_inputs(tokens_BL), codes_VC[tokens_BL[:, :-1]])
+    keep = torch.zeros(2, 5, 5)
+    keep[:, 3:] = 1                                     # and no token is kept always
+    assert torch.equal(tokenizer.keep(tokens_BL, keep) >= 0, keep.flatten(1) > 0)
 
 
 def test_the_decoders_gradient_goes_straight_through_to_the_encoder(tokenizer):
@@ -198,6 +230,35 @@ def test_scale_k_cannot_see_scale_k_plus_1(unit_norm):
                 assert part.all() if scale <= k else not part.any(), f'scale {k} place {place}, {scale}'
 
 
+@pytest.mark.parametrize('adaln', [True, False])
+def test_in_raster_order_a_place_sees_all_tokens_before_it_and_no_other(adaln):
+    model = small_var(order='raster', scales=(5,), adaln=adaln)
+    inputs_BLC = torch.randn(1, 24, 4, requires_grad=True)
+    logits = model(torch.tensor([1]), inputs_BLC)
+    for place in range(25):                             # input i is the code of token i
+        grad = torch.autograd.grad(logits[0, place].square().sum(), inputs_BLC, retain_graph=True)[0]
+        assert ((grad[0].abs().sum(-1) > 0) == (torch.arange(24) < place)).all(), place
+
+
+def test_without_adaln_the_class_is_the_first_token_alone_and_blocks_begin_as_gpt_2s():
+    model = VAR(VARConfig(depth=2, num_classes=3, vocab_size=16, z_channels=4, scales=SCALES, adaln=False))
+    a, b = (model.modulations(model.class_embedding(torch.tensor([label]))) for label in (0, 2))
+    assert all(torch.equal(x, y) for one, other in zip(a, b) for x, y in zip(one, other))
+    assert [x.unique().item() for x in [*a[0], *a[-1]]] == [1, 1, 0, 0, 0, 0] + [0, 0]
+    x, block = torch.randn(1, 5, 128), model.blocks[0]
+    h = x + block.attention(F.layer_norm(x, (128,), eps=1e-6), None, None, 0)
+    h = h + block.fc2(F.gelu(block.fc1(F.layer_norm(h, (128,), eps=1e-6)), approximate='tanh'))
+    torch.testing.assert_close(block(x, a[0]), h)
+    model, inputs = small_var(adaln=False), torch.randn(1, 38, 4)       # the class is seen all the same,
+    logits = [model(torch.tensor([label]), inputs) for label in (0, 2)]
+    assert ((logits[0] - logits[1]).abs().amax((0, 2)) > 1e-4).all()
+    model.class_embedding.weight.data[:] = 0.3
+    logits = [model(torch.tensor([label]), inputs) for label in (0, 2)]     # and by nothing else
+    assert torch.equal(*logits)
+    with pytest.raises(ValueError, match='^shared_adaln=True: with adaln=False'):
+        VARConfig(adaln=False, shared_adaln=True)
+
+
 def test_a_label_is_hidden_where_the_first_number_of_its_noise_is_small():
     model = small_var(label_dropout=0.5, stochastic_depth=0.0)
     labels, inputs, noise = torch.zeros(64, dtype=torch.int64), torch.randn(1, 38, 4), torch.rand(64, 5)
@@ -249,9 +310,12 @@ def logits_while_generating(var, tokenizer, labels, **options):
     return conditional, *unconditional, tokens_BL
 
 
-@pytest.mark.parametrize('shared_adaln, unit_norm', [(False, True), (True, False)])
-def test_cached_generation_sees_the_logits_of_one_masked_forward_pass(tokenizer, shared_adaln, unit_norm):
-    var, labels = small_var(shared_adaln=shared_adaln, unit_norm=unit_norm), torch.tensor([0, 2])
+@pytest.mark.parametrize('options', [
+    dict(), dict(shared_adaln=True, unit_norm=False), dict(adaln=False), dict(order='raster', scales=(5,)),
+    dict(order='raster', scales=(5,), adaln=False, unit_norm=False)])
+def test_cached_generation_sees_the_logits_of_one_masked_forward_pass(options):
+    var, labels = small_var(**options), torch.tensor([0, 2])
+    tokenizer = small_tokenizer(var.config.scales)
     conditional, unconditional, tokens_BL = logits_while_generating(var, tokenizer, labels, cfg=3.0)
     inputs_BLC = tokenizer.teacher_inputs(tokens_BL)
     with torch.no_grad():
@@ -267,6 +331,21 @@ def test_guidance_rises_from_nothing_at_the_first_scale_to_cfg_at_the_last(token
     assert t_L[0] == 0 and t_L[-1] == 3
     assert torch.equal(tokens_BL, (conditional + t_L * (conditional - unconditional)).argmax(-1))
     assert not torch.equal(tokens_BL, conditional.argmax(-1))
+
+
+def test_in_raster_order_guidance_is_the_same_throughout_and_kept_tokens_stay():
+    var, tokenizer, noise = small_var(order='raster', scales=(5,)), small_tokenizer((5,)), torch.rand(2, 25)
+    conditional, unconditional, tokens_BL = logits_while_generating(
+        var, tokenizer, torch.tensor([0, 1]), cfg=3.0, top_k=5, top_p=0.9, noise_BL=noise)
+    guided = conditional + 3 * (conditional - unconditional)
+    assert torch.equal(tokens_BL, var_module.draw_tokens(guided, noise, 5, 0.9))
+    how = dict(cfg=3.0, top_k=5, top_p=0.9, return_tokens=True)
+    images, same = var.generate(tokenizer, torch.tensor([0, 1]), noise_BL=noise, **how)
+    assert torch.equal(same, tokens_BL)
+    torch.testing.assert_close(images, tokenizer.decode(tokens_BL))
+    kept_BL = torch.where(torch.arange(25) < 10, tokens_BL, -1)
+    _, others = var.generate(tokenizer, torch.tensor([0, 1]), noise_BL=1 - noise, kept_BL=kept_BL, **how)
+    assert torch.equal(others[:, :10], tokens_BL[:, :10]) and not torch.equal(others, tokens_BL)
 
 
 def test_cfg_0_and_the_null_class_are_not_guided(tokenizer):
@@ -346,14 +425,18 @@ def test_the_head_multiplies_in_the_autocast_type_and_is_near_its_float32_produc
     torch.testing.assert_close(logits, exact, atol=0.02, rtol=0.01)
 
 
-def test_logits_that_are_no_numbers_name_their_scale_and_draw_some_token_all_the_same(tokenizer):
+def test_logits_that_are_no_numbers_name_their_step_and_draw_some_token_all_the_same(tokenizer):
     var, labels = small_var(), torch.tensor([0, 1])
-    with pytest.raises(ValueError, match='logits of scale 2x2 are not finite, at cfg=1e[+]39'):
+    with pytest.raises(ValueError, match='logits of step 2 of 4 are not finite, at cfg=1e[+]39'):
         var.generate(tokenizer, labels, cfg=1e39)
     broken = small_var()
     broken.position.data[:, 5] = math.nan                                       # of the third scale
-    with pytest.raises(ValueError, match='logits of scale 3x3 are not finite'):
+    with pytest.raises(ValueError, match='logits of step 3 of 4 are not finite'):
         broken.generate(tokenizer, labels)
+    broken = small_var(order='raster', scales=(5,))
+    broken.position.data[:, 17] = math.nan
+    with pytest.raises(ValueError, match='logits of step 18 of 25 are not finite'):
+        broken.generate(small_tokenizer((5,)), labels)
     for logit, top_p in [(math.nan, 0.9), (math.inf, 0.9), (-math.inf, 0.9), (0.0, 1e-320)]:
         drawn = var_module.draw_tokens(torch.full((1, 3, 5), logit), torch.rand(1, 3), 4, top_p)
         assert drawn.shape == (1, 3) and 0 <= drawn.min() and drawn.max() < 5
@@ -728,6 +811,24 @@ def test_a_run_leaves_models_logs_and_images(tiny_run):
     assert var.generate(tokenizer, torch.tensor([0, 10]), **defaults).shape == (2, 3, 32, 32)
 
 
+def test_one_map_in_raster_order_is_trained_cached_kept_resumed_and_drawn(tmp_path):
+    flags = '--order raster --scales 8 --no-adaln --flip --keep-models '
+    plain, cached = (run(f'{flags} --{no}cache-tokens', tmp_path / f'{no}cached') for no in ('', 'no-'))
+    assert curve(plain, 'var') == curve(cached, 'var') and len(curve(plain, 'var', 'val')) == 2
+    assert {path.name for path in plain.glob('var*.pt')} == {'var.pt', 'var-2.pt', 'var-4.pt'}
+    assert same_weights(plain / 'var.pt', plain / 'var-4.pt', 'var')            # the later one is the better
+    assert not same_weights(plain / 'var-2.pt', plain / 'var-4.pt', 'var')
+    out = shutil.copytree(plain, tmp_path / 'resumed')
+    shutil.copy(out / 'previous.pt', out / 'last.pt')
+    os.remove(out / 'var-4.pt')
+    assert same_run(resume(out), plain) and (out / 'var-4.pt').exists()
+    sample.main([str(out / 'var.pt'), '--count', '3', '--out', str(tmp_path / 'a.png')])
+    assert Image.open(tmp_path / 'a.png').size == (2 * (3 * 34 - 2), 2 * (1 * 34 - 2))
+    run('--overwrite --var-steps 2', out)
+    assert {path.name for path in out.glob('var*.pt')} == {'var.pt'}        # nothing of the other run is left
+    assert not (out / 'tokens.bin').exists()
+
+
 def test_a_resumed_run_ends_with_the_weights_of_one_that_never_stopped(tiny_run, tmp_path):
     out = shutil.copytree(tiny_run, tmp_path / 'run')
     (out / 'last.pt').write_bytes((out / 'last.pt').read_bytes()[:1000])    # torn: previous.pt serves, step 2
@@ -1092,13 +1193,14 @@ def test_var_pt_keeps_the_step_with_the_lowest_held_out_loss(tmp_path):
 
 
 @pytest.mark.slow
-def test_8_images_are_learned_by_heart():
+@pytest.mark.parametrize('order, scales', [('scale', (1, 2, 4, 8)), ('raster', (8,))])
+def test_8_images_are_learned_by_heart(order, scales):
     """A transformer that can't overfit 8 images is broken: the thing to try when samples are bad."""
     images = train.to_float(train.draw_shapes(8, 0)[0])
-    tokenizer = VQVAE(VQVAEConfig(channels=32, z_channels=4, vocab_size=64, scales=(1, 2, 4, 8)))
+    tokenizer = VQVAE(VQVAEConfig(channels=32, z_channels=4, vocab_size=64, scales=scales))
     tokenizer.codebook.weight.data.zero_()
     tokenizer.revive_codes(torch.ones(64, dtype=torch.bool), tokenizer.features(images))
-    var = VAR(VARConfig(depth=2, num_classes=8, vocab_size=64, z_channels=4, scales=(1, 2, 4, 8),
+    var = VAR(VARConfig(depth=2, num_classes=8, vocab_size=64, z_channels=4, scales=scales, order=order,
                         adaln_gamma_init=0.1))
     labels, tokens_BL = torch.arange(8), tokenizer.encode(images)
     optimizer = torch.optim.AdamW(var.parameters(), lr=3e-3)
@@ -1534,6 +1636,12 @@ WRONG_FLAGS = """
     train.py --device meta                          | --device meta; cpu
     train.py --channels 40                          | --channels 40; multiple of 32
     train.py --scales 1 4 2 8                       | --scales (1, 4, 2, 8); rise
+    train.py --scales 8                             | --scales (8,), order=scale; two or more; raster one
+    train.py --order raster                         | --scales (1, 2, 4, 8), order=raster; one map alone
+    train.py --order raster --stage var --tokenizer CIFAR --scales 8   | --scales (8,); has (1, 2, 4, 8); omit
+    train.py --order raster --stage var --tokenizer CIFAR   | --scales (1, 2, 4, 8), order=raster; one map
+    train.py --order snake                          | --order snake; raster
+    train.py --no-adaln --shared-adaln              | --shared-adaln True; adaln=False
     train.py --scales 1 2 4                         | --scales (1, 2, 4); 32 / 4 = 8
     train.py --data-dir .                           | --data-dir .; no images; train/<class>/
     train.py --resume --overwrite                   | --resume; --overwrite
@@ -1560,7 +1668,8 @@ WRONG_FLAGS = """
 def check_wrong_flag(line: str, run: Path, folder: Path, capsys, monkeypatch):
     monkeypatch.chdir(folder)
     command, words = line.split('|')
-    script, *arguments = command.replace('RUN', str(run)).split()
+    command = command.replace('RUN', str(run)).replace('CIFAR', str(HERE / 'notebooks/cifar10.pt'))
+    script, *arguments = command.split()
     if script == 'train.py':
         arguments = ['--train-count', '50', '--out', 'run', *arguments]
     error = complaint(sys.modules[script.removesuffix('.py')].main, arguments, capsys, monkeypatch)

@@ -51,13 +51,13 @@ class VARConfig:
     vocab_size: Annotated[int, 'V, codes in the codebook'] = 4096
     z_channels: Annotated[int, 'C, channels of a latent'] = 32
     scales: Annotated[tuple[int, ...], 'side of each map, coarse to fine'] = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
-    order: Annotated[Literal['scale', 'raster'], 'scale by scale; or one map, token by token'] = 'scale'
     unit_norm: Annotated[bool, 'cosine attention: queries and keys of length 1'] = True
-    adaln: Annotated[bool, 'the class steers norms and branches, beside the first token'] = True
     shared_adaln: Annotated[bool, 'one AdaLN projection for all blocks (released for depth 36)'] = False
     label_dropout: Annotated[float, 'share of labels that training replaces by the null class'] = 0.1
     stochastic_depth: Annotated[float | None, 'chance to skip the last block; None: 0.1 * depth / 24'] = None
     adaln_gamma_init: Annotated[float, 'factor on the initial weights of the gates, gamma in Block'] = 1e-5
+    adaln: Annotated[bool, 'the class steers norms and branches, beside the first token'] = True
+    order: Annotated[Literal['scale', 'raster'], 'scale by scale; or one map, token by token'] = 'scale'
 
     @property
     def width(self) -> int:
@@ -169,7 +169,7 @@ class PlainNorm(nn.Module):
         self.values = nn.Parameter(torch.cat([torch.ones(gammas * D), torch.zeros(others * D)]))
 
     def forward(self, class_BD: Tensor) -> Tensor:
-        return self.values.expand(len(class_BD), -1)
+        return self.values.repeat(len(class_BD), 1)
 
 
 def modulate(x_BlD: Tensor, scale_B1D: Tensor, shift_B1D: Tensor) -> Tensor:

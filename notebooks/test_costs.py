@@ -22,12 +22,14 @@ def counted_flops(function) -> int:
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize('shared', [False, True])
-def test_the_flops_are_those_that_torch_counts(shared):
-    row = costs.cost(parse(['--depth', '3', '--shared-adaln' if shared else '--no-shared-adaln'])[0])
-    tokenizer = VQVAE(VQVAEConfig())
-    var = VAR(VARConfig(depth=3, num_classes=10, vocab_size=256, z_channels=16, scales=(1, 2, 4, 8),
-                        shared_adaln=shared))
+@pytest.mark.parametrize('flags, options', [
+    ('', dict()), ('--shared-adaln', dict(shared_adaln=True)), ('--no-adaln', dict(adaln=False)),
+    ('--order raster --scales 8', dict(order='raster', scales=(8,)))])
+def test_the_flops_are_those_that_torch_counts(flags, options):
+    row = costs.cost(parse(['--depth', '3', *flags.split()])[0])
+    options = dict(scales=(1, 2, 4, 8)) | options
+    tokenizer = VQVAE(VQVAEConfig(scales=options['scales']))
+    var = VAR(VARConfig(depth=3, num_classes=10, vocab_size=256, z_channels=16, **options))
     images, labels = torch.zeros(1, 3, 32, 32), torch.zeros(1, dtype=torch.int64)
     inputs = tokenizer.teacher_inputs(tokenizer.encode(images))
     encoder = counted_flops(lambda: tokenizer.features(images))

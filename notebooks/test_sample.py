@@ -432,12 +432,27 @@ def test_images_of_one_class_are_learned_and_drawn(tmp_path):
     assert draw(tmp_path / 'a.npz', out / 'var.pt', '--labels', 'null', 'cat').shape == (2, 32, 32, 3)
 
 
+def test_a_model_of_one_map_draws_and_edits_but_knows_no_scales(tmp_path, capsys, monkeypatch):
+    out = run('--order raster --scales 8', tmp_path / 'run')
+    assert (draw(tmp_path / 'a.npz', out / 'var.pt', '--batch-size', 2) ==
+            draw(tmp_path / 'b.npz', out / 'var.pt')).all()
+    edit = [str(out / 'var.pt'), '--image', str(out / 'samples.png'), '--labels', 'star', '--out',
+            str(tmp_path / 'c.png')]
+    capsys.readouterr()
+    sample.main([*edit, '--box', '0.5', '0', '1', '1'])
+    assert capsys.readouterr().out.startswith('32 of 64 tokens are kept of ')
+    for flags in ('--keep-scales 1', '--box 0 0 .5 .5 --keep-scales 1', '--show-scales', '--smooth'):
+        arguments = [*(edit if 'keep' in flags else [edit[0], '--out', edit[-1]]), *flags.split()]
+        error = complaint(sample.main, arguments, capsys, monkeypatch)
+        assert flags.split()[-2 if 'keep' in flags else 0] + ': needs a model of several scales' in error
+
+
 # ---------------------------------------------------------------------------------------------- mistakes
 WRONG_FLAGS = """
     sample.py RUN/var.pt --labels 10                | --labels 10; 0 to 9; heart
     sample.py RUN/var.pt --labels hart              | --labels hart; did you mean heart?
     sample.py RUN/var.pt --cfg -1                   | --cfg -1; 0 or more
-    sample.py RUN/var.pt --cfg 1e39                 | logits of scale 2x2 are not finite, at cfg=1e+39; --cfg
+    sample.py RUN/var.pt --cfg 1e39                 | logits of step 2 of 3 are not finite; --cfg
     sample.py RUN/var.pt --top-p 1.01               | --top-p 1.01; in [0, 1]
     sample.py RUN/var.pt --seed -1                  | --seed -1
     sample.py RUN/var.pt --out image.xyz            | --out image.xyz; .png

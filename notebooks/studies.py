@@ -1,0 +1,354 @@
+"""The paper's studies, small enough for home: next token against next scale, the ablation, scaling laws.
+
+    python notebooks/studies.py ablation --data-dir DIR         # -> notebooks/ablation-cifar10-cpu.csv
+    python notebooks/studies.py ablation --preset shapes        # the same on drawn shapes, in minutes
+    python notebooks/studies.py scaling --data-dir DIR          # -> notebooks/scaling.csv, six sizes
+    python notebooks/studies.py predict                         # -> notebooks/prediction.csv, of a seventh
+    python notebooks/studies.py largest --data-dir DIR          # ... which is trained only now
+    python notebooks/studies.py equal-compute --data-dir DIR    # sizes at the ablation's compute
+    python notebooks/studies.py sheet                           # -> notebooks/images/size-by-training.png
+    python notebooks/studies.py speed                           # -> notebooks/speed.csv: sampling, AR and VAR
+
+Each run is a command of train.py, which is printed; what is done already is not done again, and a run that
+was stopped goes on. To add a row, add it to ROWS or SIZES.
+"""
+import argparse
+import csv
+import io
+import math
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+from judge import frechet_distance, load_judge, read_images                             # noqa: E402
+from sample import (POSITIVE, Parser, UserError, check, draw, flops_of, grid, load, run_command,    # noqa: E402
+                    save_file, save_image, seconds_of, to_uint8)
+from train import make, parse, read_resume                                              # noqa: E402
+from var import VAR, VARConfig                                                          # noqa: E402
+from vqvae import VQVAE, VQVAEConfig                                                    # noqa: E402
+
+PLAIN = dict(cfg=0.0, top_k=0, top_p=0.0)
+TOKENIZERS = {('cifar10-cpu', 'scale'): 'notebooks/cifar10.pt'}             # the others are trained
+# by presets: steps of a tokenizer; training compute of a row of the ablation, FLOPs; its top-k, 15% of the
+# codes as in the paper (600 of 4,096), and guidance
+SETTINGS = {'cifar10-cpu': (10_000, 3.75e13, dict(top_k=150, cfg=4.0)),
+            'shapes': (750, 3e12, dict(top_k=40, cfg=2.0))}
+AR, VAR_PLAIN = '--order raster --scales 8 --no-adaln --no-unit-norm', '--no-adaln --no-unit-norm'
+ROWS = [                            # name, what its runs are called, their flags, seeds, how it is sampled
+    ('AR', 'ar', AR, (0, 1), ()),
+    ('AR, top-k and guidance', 'ar', AR, (0, 1), ('top_k', 'cfg')),
+    ('VAR', 'var', VAR_PLAIN, (0, 1), ()),
+    ('VAR, top-k and guidance', 'var', VAR_PLAIN, (0, 1), ('top_k', 'cfg')),
+    ('+ AdaLN', 'adaln', '--no-unit-norm', (0,), ()),
+    ('+ top-k', 'adaln', '--no-unit-norm', (0,), ('top_k',)),
+    ('+ guidance', 'adaln', '--no-unit-norm', (0,), ('top_k', 'cfg')),
+    ('+ attention norm', 'norm', '', (0,), ('top_k', 'cfg')),
+    ('twice the depth', 'deep', '--depth 4', (0,), ('top_k', 'cfg'))]
+SIZES, LARGEST, STEPS = (1, 2, 3, 4, 5, 6), 7, 320                          # depths, and steps for each
+MEASURES = ('loss', 'loss_8x8', 'error', 'error_8x8')                       # of all scales, of the last
+JUDGED = 2000                       # samples of a row
+SHEET = (1, 3, 6), (0.2, 0.6, 1.0)                                          # columns, and shares of training
+
+
+class Run(NamedTuple):
+    """A training of stage 2: the folder's name, and what is said to train.py beside the preset."""
+    name: str
+    flags: str
+    steps: int
+
+
+# ------------------------------------------------------------------------------------------------------ runs
+def settings_of(preset: str, flags: str) -> tuple[VQVAEConfig, VARConfig]:
+    args, _ = parse(['--preset', preset, *flags.split()])
+    return make(VQVAEConfig, args), make(VARConfig, args, num_classes=10)
+
+
+def parameters_of(config: VARConfig) -> int:
+    with torch.device('meta'):
+        return sum(parameter.numel() for parameter in VAR(config).parameters())
+
+
+def at_equal_compute(args: argparse.Namespace, name: str, flags: str, seed: int = 0) -> Run:
+    """A run that takes as many FLOPs as each row of the ablation."""
+    flags = f'--depth 2 {flags}' if '--depth' not in flags else flags
+    flops = flops_of(*settings_of(args.preset, flags))['train'] * batch_size(args)
+    steps = max(5, round(args.share * SETTINGS[args.preset][1] / flops))
+    return Run(f'{name}-{seed}', f'{flags} --seed {seed}', steps)
+
+
+def of_size(args: argparse.Namespace, depth: int) -> Run:
+    return Run(f'size-{depth}', f'--depth {depth}', max(5, round(args.share * STEPS)))
+
+
+def folder_of(args: argparse.Namespace, name: str) -> Path:
+    return Path(args.out, args.preset if args.share == 1 else f'{args.preset}-{args.share:g}', name)
+
+
+def batch_size(args: argparse.Namespace) -> int:
+    return parse(['--preset', args.preset])[0].batch_size
+
+
+def call_train(args: argparse.Namespace, out: Path, flags: str):
+    """train.py, unless it is done: from the start, or from where it was stopped."""
+    last = read_resume(out, mmap=True) if out.is_dir() else None
+    if last and not last['unfinished']:
+        return
+    data = ['--data-dir', args.data_dir] if args.data_dir and args.preset != 'shapes' else []
+    command = ['train.py', *(['--resume'] if last else ['--preset', args.preset, *flags.split()]), *data,
+               '--dtype', args.dtype, '--out', str(out)]
+    print('python', shlex.join(command), flush=True)
+    status = subprocess.run([sys.executable, *command], cwd=HERE.parent).returncode
+    check(status == 0, f'{out}: train.py ended with status {status}; repeat the command to go on')
+
+
+def train(args: argparse.Namespace, run: Run):
+    """Trains what isn't yet; first the tokenizer, if it has to be."""
+    out, order = folder_of(args, run.name), 'raster' if 'raster' in run.flags else 'scale'
+    tokenizer = TOKENIZERS.get((args.preset, order), folder_of(args, f'tokenizer-{order}') / 'vqvae.pt')
+    if (args.preset, order) not in TOKENIZERS:
+        scales = '--scales 8' if order == 'raster' else ''
+        call_train(args, Path(tokenizer).parent, f'--stage vqvae {scales} '
+                   f'--vqvae-steps {round(args.share * SETTINGS[args.preset][0])}')
+    tokens = folder_of(args, f'tokens-{order}')                 # written once for all runs
+    if not out.exists() and args.preset != 'shapes':            # shapes differ by the seed
+        out.mkdir(parents=True)
+        for path in tokens.glob('tokens.*'):
+            shutil.copy(path, out)
+    call_train(args, out, f'--stage var --tokenizer {tokenizer} --cache-tokens --keep-models {run.flags} '
+               f'--var-steps {run.steps} --save-every-steps {max(1, run.steps // 5)}')
+    tokens.mkdir(exist_ok=True)
+    for path in out.glob('tokens.*'):
+        path.replace(tokens / path.name)
+
+
+def validations(out: Path) -> list[dict]:
+    """What train.py found on held-out images; error is 1 - accuracy."""
+    found = [{name: float(value) for name, value in row.items() if value and name != 'split'}
+             for row in csv.DictReader((out / 'var.csv').read_text().splitlines()) if row['split'] == 'val']
+    return [row | {name.replace('accuracy', 'error'): 1 - value for name, value in row.items()
+                   if name.startswith('accuracy')} for row in found]
+
+
+def write_csv(path: Path, rows: list[dict]):
+    text = io.StringIO(newline='')
+    writer = csv.DictWriter(text, rows[0])
+    writer.writeheader()
+    writer.writerows({name: f'{value:.6g}' if isinstance(value, float) else value
+                      for name, value in row.items()} for row in rows)
+    save_file(path, lambda file: file.write(text.getvalue().encode()))
+    print(f'{path}: {len(rows)} rows')
+
+
+def read_csv(path: Path) -> list[dict]:
+    """Rows of a CSV, numbers as numbers."""
+    def value(text: str):
+        try:
+            return float(text)
+        except ValueError:
+            return text
+    try:
+        rows = csv.DictReader(path.read_text().splitlines())
+        return [{name: value(text) for name, text in row.items()} for row in rows]
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read ({error.strerror}); the study that writes it comes first'
+                        ) from None
+
+
+# -------------------------------------------------------------------------------------------- the ablation
+def ablation(args: argparse.Namespace):
+    """Trains all rows at equal compute, draws from each, and asks the judge."""
+    name, how = args.preset.removesuffix('-cpu'), SETTINGS[args.preset][2]
+    runs = {(stem, seed): at_equal_compute(args, stem, flags, seed)
+            for _, stem, flags, seeds, _ in ROWS for seed in seeds}
+    for run in runs.values():
+        train(args, run)
+    real_images, real_labels, test_images, _ = read_images(name, args.data_dir)
+    judge = load_judge(name, real_images, real_labels, f'out/judge-{name}.pt')
+    test, real = judge.features(test_images[:JUDGED]), judge.features(real_images[:JUDGED])
+    floor, rows = frechet_distance(real, test), []
+    for title, stem, _, seeds, settings in ROWS:
+        for seed in seeds:
+            run, sampling = runs[stem, seed], PLAIN | {key: how[key] for key in settings}
+            found = measure(args, run, judge, test, sampling)
+            rows.append(dict(row=title, seed=seed) | found | dict(floor=floor))
+            print(rows[-1], flush=True)
+    write_csv(HERE / f'ablation-{args.preset}.csv', rows)
+
+
+def measure(args: argparse.Namespace, run: Run, judge, test: torch.Tensor, how: dict) -> dict:
+    """A row of the ablation."""
+    out, labels = folder_of(args, run.name), [i % 10 for i in range(JUDGED)]
+    images = run.steps * batch_size(args)
+    tokenizer, var, _ = load(out / f'var-{run.steps}.pt')
+    began = time.perf_counter()
+    made = torch.cat([to_uint8(part) for part, _ in draw(tokenizer, var, labels, 0, 100, args.dtype, **how)])
+    seconds = (time.perf_counter() - began) / JUDGED
+    features, last = judge.features(made), validations(out)[-1]
+    flops = flops_of(tokenizer.config, var.config)
+    return dict(parameters=parameters_of(var.config), steps=run.steps, images=images,
+                train_flops=flops['train'] * images, loss=last['loss'], loss_last=last['loss_8x8'],
+                **how, recognised=judge.recognised(features, torch.tensor(labels)).mean().item(),
+                frechet=frechet_distance(features, test), seconds_an_image=seconds,
+                steps_an_image=len(var.config.lengths), sample_flops=flops['sample'])
+
+
+# ---------------------------------------------------------------------------------------------- scaling laws
+class PowerLaw(NamedTuple):
+    """y = (beta * x) ** alpha + constant; correlation is that of log x and log(y - constant)."""
+    alpha: float
+    beta: float
+    constant: float
+    correlation: float
+
+    def __call__(self, x):
+        return (self.beta * np.asarray(x, float)) ** self.alpha + self.constant
+
+
+def fit_power_law(x, y, with_constant: bool = False) -> PowerLaw:
+    """Least squares of the logs. The constant, from 0 to below the least y, is that of the best correlation
+    (which needs four points or more to mean anything)."""
+    x, y = np.log(np.asarray(x, float)), np.asarray(y, float)
+    constants = y.min() * (1 - np.geomspace(1, 1e-4, 400)) if with_constant else [0.0]
+    fits = []
+    for constant in constants:
+        logs = np.log(y - constant)
+        alpha, offset = np.polyfit(x, logs, 1)
+        fits.append(PowerLaw(alpha, math.exp(offset / alpha), constant, np.corrcoef(x, logs)[0, 1]))
+    return max(fits, key=lambda law: abs(law.correlation))
+
+
+def pareto_frontier(costs, losses) -> list[int]:
+    """Which points no other one beats at the same cost or less, by rising cost."""
+    order, found = np.lexsort((losses, costs)), []
+    for i in order:
+        if not found or losses[i] < losses[found[-1]]:
+            found.append(int(i))
+    return found
+
+
+def log_of(run: Run, args: argparse.Namespace) -> list[dict]:
+    """A row for each validation of a run that is there."""
+    out, configs = folder_of(args, run.name), settings_of(args.preset, run.flags)
+    batch = batch_size(args)
+    return [dict(run=run.name, depth=configs[1].depth, parameters=parameters_of(configs[1]),
+                 step=int(row['step']), steps=run.steps, images=int(row['step']) * batch,
+                 train_flops=flops_of(*configs)['train'] * int(row['step']) * batch)
+            | {name: value for name, value in row.items() if name.startswith(('loss', 'error'))}
+            for row in (validations(out) if (out / 'var.csv').exists() else ())]
+
+
+def scaling_runs(args: argparse.Namespace) -> list[Run]:
+    """All runs that scaling.csv tells of: equal steps, and (two of them the ablation's) equal compute."""
+    equal = [at_equal_compute(args, f'equal-{depth}', f'--depth {depth}') for depth in (1, 3, 5)]
+    named = [at_equal_compute(args, stem, flags) for _, stem, flags, *_ in ROWS if stem in ('norm', 'deep')]
+    return [*(of_size(args, depth) for depth in (*SIZES, LARGEST)), *equal, *named]
+
+
+def collect(args: argparse.Namespace):
+    write_csv(HERE / 'scaling.csv', [row for run in scaling_runs(args) for row in log_of(run, args)])
+
+
+def scaling(args: argparse.Namespace):
+    for depth in SIZES:
+        train(args, of_size(args, depth))
+    collect(args)
+
+
+def at_the_end(rows: list[dict], depths) -> list[dict]:
+    """Of the runs of equal steps, the last validation of each depth."""
+    return [row for depth in depths for row in rows
+            if row['run'] == f'size-{depth}' and row['step'] == row['steps']]
+
+
+def predict(args: argparse.Namespace):
+    """What the fits of the six sizes say of the seventh, before it is trained."""
+    rows = read_csv(HERE / 'scaling.csv')
+    check(not at_the_end(rows, [LARGEST]), f'scaling.csv: knows depth {LARGEST} already; that would be no '
+          'prediction')
+    ends, config = at_the_end(rows, SIZES), settings_of(args.preset, of_size(args, LARGEST).flags)[1]
+    parameters = parameters_of(config)
+    laws = [(name, fit_power_law([row['parameters'] for row in ends], [row[name] for row in ends], constant))
+            for name in MEASURES for constant in (False, True)]
+    write_csv(HERE / 'prediction.csv', [dict(measure=name, depth=LARGEST, parameters=parameters,
+                                             **law._asdict(), predicted=float(law(parameters)))
+                                        for name, law in laws])
+
+
+def largest(args: argparse.Namespace):
+    check((HERE / 'prediction.csv').exists(), 'prediction.csv: comes first, by studies.py predict')
+    train(args, of_size(args, LARGEST))
+    collect(args)
+
+
+def equal_compute(args: argparse.Namespace):
+    for run in scaling_runs(args)[len(SIZES) + 1:]:
+        train(args, run)
+    collect(args)
+
+
+# ------------------------------------------------------------------------------------------ images and speed
+def sheet(args: argparse.Namespace):
+    """Sizes in columns, shares of training in rows: four images in each, of the same seed and labels."""
+    depths, shares = SHEET
+    blocks = []
+    for share in shares:
+        for depth in depths:
+            run = of_size(args, depth)
+            step = round(share * 5) * (run.steps // 5)
+            tokenizer, var, _ = load(folder_of(args, run.name) / f'var-{step}.pt')
+            blocks.append(next(draw(tokenizer, var, [0, 1, 7, 8], 3, 4, cfg=4.0, top_k=0, top_p=0.8))[0])
+    rows = [torch.cat([block[half:half + 2] for block in blocks[i:i + len(depths)]])
+            for i in range(0, len(blocks), len(depths)) for half in (0, 2)]
+    path = HERE / 'images' / 'size-by-training.png'
+    save_image(path, grid(torch.cat(rows), 2 * len(depths)))
+    print(path)
+
+
+PYRAMIDS = {8: (1, 2, 4, 8), 16: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)}
+
+
+def speed(args: argparse.Namespace):
+    """Seconds of drawing 50 images with random weights of depth 2, in one batch, guided, by turns."""
+    rows = []
+    for side, scales in PYRAMIDS.items():
+        for order, sides in dict(raster=(side,), scale=scales).items():
+            tokenizer = VQVAE(VQVAEConfig(image_size=4 * side, vocab_size=1024, scales=sides))
+            var = VAR(VARConfig(2, 10, 1024, 16, sides, order=order))
+            how = dict(dtype=args.dtype, cfg=4.0, top_k=0, top_p=0.8)
+            seconds = seconds_of(lambda: [*draw(tokenizer, var, [*range(10)] * 5, 0, 50, **how)],
+                                 torch.device('cpu'), runs=5)
+            rows.append(dict(side=side, order=order, tokens=sum(var.config.lengths),
+                             steps=len(var.config.lengths), seconds_an_image=seconds / 50,
+                             sample_flops=flops_of(tokenizer.config, var.config)['sample']))
+            print(rows[-1], flush=True)
+    write_csv(HERE / 'speed.csv', rows)
+
+
+STUDIES = {study.__name__.replace('_', '-'): study
+           for study in (ablation, scaling, predict, largest, equal_compute, sheet, speed)}
+
+
+def main(argv: list[str]):
+    parser = Parser(prog='studies.py', description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument('study', choices=list(STUDIES))
+    parser.add_argument('--preset', choices=list(SETTINGS), default='cifar10-cpu', help='[cifar10-cpu]')
+    parser.add_argument('--data-dir', help='folder with CIFAR-10; absent: downloaded to data/')
+    parser.add_argument('--dtype', choices=['auto', 'float32', 'bfloat16'], default='auto')
+    parser.add_argument('--share', type=POSITIVE, default=1.0, help='of the steps, for a trial [1]')
+    parser.add_argument('--out', default='out/studies', help='folder of all runs [out/studies]')
+    args = parser.parse_args(argv)
+    STUDIES[args.study](args)
+
+
+if __name__ == '__main__':
+    run_command(main)
