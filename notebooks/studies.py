@@ -30,8 +30,8 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 from judge import frechet_distance, load_judge, read_images                             # noqa: E402
-from sample import (POSITIVE, Parser, UserError, check, draw, flops_of, grid, load, run_command,    # noqa: E402
-                    save_file, save_image, seconds_of, to_uint8)
+from sample import (POSITIVE, Parser, UserError, check, draw, flops_of, grid, load, prepare_folder,  # noqa: E402
+                    run_command, save_file, save_image, seconds_of, to_uint8)
 from train import make, parse, read_resume                                              # noqa: E402
 from var import VAR, VARConfig                                                          # noqa: E402
 from vqvae import VQVAE, VQVAEConfig                                                    # noqa: E402
@@ -40,7 +40,7 @@ PLAIN = dict(cfg=0.0, top_k=0, top_p=0.0)
 TOKENIZERS = {('cifar10-cpu', 'scale'): 'notebooks/cifar10.pt'}             # the others are trained
 # by presets: steps of a tokenizer; training compute of a row of the ablation, FLOPs; its top-k, 15% of the
 # codes as in the paper (600 of 4,096), and guidance
-SETTINGS = {'cifar10-cpu': (10_000, 3.75e13, dict(top_k=150, cfg=4.0)),
+SETTINGS = {'cifar10-cpu': (10_000, 3e13, dict(top_k=150, cfg=4.0)),
             'shapes': (750, 3e12, dict(top_k=40, cfg=2.0))}
 AR, VAR_PLAIN = '--order raster --scales 8 --no-adaln --no-unit-norm', '--no-adaln --no-unit-norm'
 ROWS = [                            # name, what its runs are called, their flags, seeds, how it is sampled
@@ -90,7 +90,12 @@ def of_size(args: argparse.Namespace, depth: int) -> Run:
 
 
 def folder_of(args: argparse.Namespace, name: str) -> Path:
-    return Path(args.out, args.preset if args.share == 1 else f'{args.preset}-{args.share:g}', name)
+    return Path(args.out, args.preset if args.share == 1 else f'{args.preset}-{args.share:g}', name).resolve()
+
+
+def results_of(args: argparse.Namespace) -> Path:
+    """Where CSVs and images go: here, or those of a trial to its runs."""
+    return HERE if args.share == 1 else folder_of(args, '')
 
 
 def batch_size(args: argparse.Namespace) -> int:
@@ -105,9 +110,11 @@ def call_train(args: argparse.Namespace, out: Path, flags: str):
     data = ['--data-dir', args.data_dir] if args.data_dir and args.preset != 'shapes' else []
     command = ['train.py', *(['--resume'] if last else ['--preset', args.preset, *flags.split()]), *data,
                '--dtype', args.dtype, '--out', str(out)]
-    print('python', shlex.join(command), flush=True)
-    status = subprocess.run([sys.executable, *command], cwd=HERE.parent).returncode
-    check(status == 0, f'{out}: train.py ended with status {status}; repeat the command to go on')
+    if not args.quiet:
+        print('python', shlex.join(command), flush=True)
+    done = subprocess.run([sys.executable, *command], cwd=HERE.parent, capture_output=args.quiet, text=True)
+    check(done.returncode == 0, f'{out}: train.py ended with status {done.returncode}; repeat the command to '
+          f'go on {(done.stderr or "")[-300:]}'.strip())
 
 
 def train(args: argparse.Namespace, run: Run):
@@ -181,7 +188,7 @@ def ablation(args: argparse.Namespace):
             found = measure(args, run, judge, test, sampling)
             rows.append(dict(row=title, seed=seed) | found | dict(floor=floor))
             print(rows[-1], flush=True)
-    write_csv(HERE / f'ablation-{args.preset}.csv', rows)
+    write_csv(results_of(args) / f'ablation-{args.preset}.csv', rows)
 
 
 def measure(args: argparse.Namespace, run: Run, judge, test: torch.Tensor, how: dict) -> dict:
@@ -254,7 +261,8 @@ def scaling_runs(args: argparse.Namespace) -> list[Run]:
 
 
 def collect(args: argparse.Namespace):
-    write_csv(HERE / 'scaling.csv', [row for run in scaling_runs(args) for row in log_of(run, args)])
+    rows = [row for run in scaling_runs(args) for row in log_of(run, args)]
+    write_csv(results_of(args) / 'scaling.csv', rows)
 
 
 def scaling(args: argparse.Namespace):
@@ -271,20 +279,20 @@ def at_the_end(rows: list[dict], depths) -> list[dict]:
 
 def predict(args: argparse.Namespace):
     """What the fits of the six sizes say of the seventh, before it is trained."""
-    rows = read_csv(HERE / 'scaling.csv')
+    rows = read_csv(results_of(args) / 'scaling.csv')
     check(not at_the_end(rows, [LARGEST]), f'scaling.csv: knows depth {LARGEST} already; that would be no '
           'prediction')
     ends, config = at_the_end(rows, SIZES), settings_of(args.preset, of_size(args, LARGEST).flags)[1]
     parameters = parameters_of(config)
     laws = [(name, fit_power_law([row['parameters'] for row in ends], [row[name] for row in ends], constant))
             for name in MEASURES for constant in (False, True)]
-    write_csv(HERE / 'prediction.csv', [dict(measure=name, depth=LARGEST, parameters=parameters,
+    write_csv(results_of(args) / 'prediction.csv', [dict(measure=name, depth=LARGEST, parameters=parameters,
                                              **law._asdict(), predicted=float(law(parameters)))
                                         for name, law in laws])
 
 
 def largest(args: argparse.Namespace):
-    check((HERE / 'prediction.csv').exists(), 'prediction.csv: comes first, by studies.py predict')
+    read_csv(results_of(args) / 'prediction.csv')               # which has to be there before
     train(args, of_size(args, LARGEST))
     collect(args)
 
@@ -308,7 +316,8 @@ def sheet(args: argparse.Namespace):
             blocks.append(next(draw(tokenizer, var, [0, 1, 7, 8], 3, 4, cfg=4.0, top_k=0, top_p=0.8))[0])
     rows = [torch.cat([block[half:half + 2] for block in blocks[i:i + len(depths)]])
             for i in range(0, len(blocks), len(depths)) for half in (0, 2)]
-    path = HERE / 'images' / 'size-by-training.png'
+    path = results_of(args) / 'images' / 'size-by-training.png'
+    prepare_folder(path.parent, '--out')
     save_image(path, grid(torch.cat(rows), 2 * len(depths)))
     print(path)
 
@@ -330,7 +339,7 @@ def speed(args: argparse.Namespace):
                              steps=len(var.config.lengths), seconds_an_image=seconds / 50,
                              sample_flops=flops_of(tokenizer.config, var.config)['sample']))
             print(rows[-1], flush=True)
-    write_csv(HERE / 'speed.csv', rows)
+    write_csv(results_of(args) / 'speed.csv', rows)
 
 
 STUDIES = {study.__name__.replace('_', '-'): study
@@ -339,14 +348,15 @@ STUDIES = {study.__name__.replace('_', '-'): study
 
 def main(argv: list[str]):
     parser = Parser(prog='studies.py', description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument('study', choices=list(STUDIES))
     parser.add_argument('--preset', choices=list(SETTINGS), default='cifar10-cpu', help='[cifar10-cpu]')
     parser.add_argument('--data-dir', help='folder with CIFAR-10; absent: downloaded to data/')
     parser.add_argument('--dtype', choices=['auto', 'float32', 'bfloat16'], default='auto')
     parser.add_argument('--share', type=POSITIVE, default=1.0, help='of the steps, for a trial [1]')
     parser.add_argument('--out', default='out/studies', help='folder of all runs [out/studies]')
+    parser.add_argument('--quiet', action='store_true', help='nothing of what train.py says')
     args = parser.parse_args(argv)
+    args.data_dir = args.data_dir and str(Path(args.data_dir).resolve())        # train.py runs elsewhere
     STUDIES[args.study](args)
 
 

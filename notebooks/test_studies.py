@@ -1,0 +1,123 @@
+"""studies.py: its fits find known laws, its runs are equal where they should be, go on after a stop, and the
+committed figures are what it makes of the committed logs."""
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import studies                                                                          # noqa: E402
+from sample import UserError, flops_of, load                                            # noqa: E402
+from test_var import check_wrong_flag, curve, same_weights, seeded, tiny_run                    # noqa: E402, F401
+
+
+def test_a_power_law_is_found_again_with_its_constant():
+    x = np.geomspace(1e5, 1e8, 7)
+    law = studies.fit_power_law(x, (2e-6 * x) ** -0.3)
+    assert law.alpha == pytest.approx(-0.3) and law.beta == pytest.approx(2e-6, rel=1e-6)
+    assert law.constant == 0 and law.correlation == pytest.approx(-1)
+    assert law(1e9) == pytest.approx(2000 ** -0.3)
+    with_constant = (2e-6 * x) ** -0.3 + 5
+    law = studies.fit_power_law(x, with_constant, with_constant=True)
+    # the constant is looked for on a grid
+    assert law.constant == pytest.approx(5, rel=0.02) and law.alpha == pytest.approx(-0.3, rel=0.1)
+    assert law.correlation < studies.fit_power_law(x, with_constant).correlation
+    assert law(1e9) == pytest.approx(5 + 2000 ** -0.3, rel=0.005)
+
+
+def test_the_pareto_frontier_is_what_nothing_cheaper_beats():
+    costs, losses = np.random.default_rng(0).random((2, 200))
+    found = studies.pareto_frontier(costs, losses)
+    slow = [i for i in range(200) if not ((costs <= costs[i]) & (losses < losses[i])).any()]
+    assert sorted(found) == slow and list(costs[found]) == sorted(costs[found]) and 1 < len(found) < 50
+
+
+@pytest.mark.parametrize('preset', studies.SETTINGS)
+def test_rows_of_the_ablation_take_equal_compute_and_ar_has_vars_parameters(preset):
+    args, found = SimpleNamespace(preset=preset, share=1.0), {}
+    for _, stem, flags, seeds, _ in studies.ROWS:
+        run = studies.at_equal_compute(args, stem, flags, seeds[0])
+        configs = studies.settings_of(preset, run.flags)
+        found[stem] = run.steps * studies.batch_size(args) * flops_of(*configs)['train'], configs[1]
+    compute = [flops for flops, _ in found.values()]
+    assert max(compute) / min(compute) < 1.01
+    parameters = {stem: studies.parameters_of(config) for stem, (_, config) in found.items()}
+    assert parameters['ar'] == pytest.approx(parameters['var'], rel=0.05)
+    assert found['deep'][1].depth == 2 * found['norm'][1].depth
+    sizes = [studies.parameters_of(studies.settings_of(preset, f'--depth {depth}')[1])
+             for depth in studies.SIZES]
+    assert len(sizes) >= 6 and max(sizes) / min(sizes) >= 100
+
+
+def tiny_study(out: Path) -> SimpleNamespace:
+    return SimpleNamespace(preset='shapes', share=0.006, out=out, data_dir=None, dtype='float32', quiet=True)
+
+
+def test_of_each_run_there_is_one_and_it_goes_on_where_it_was_stopped(tmp_path):
+    args = tiny_study(tmp_path)
+    run = studies.of_size(args, 1)
+    studies.train(args, run)
+    out = studies.folder_of(args, run.name)
+    stamp = (out / 'last.pt').stat().st_mtime_ns
+    assert [row['step'] for row in studies.validations(out)] == [1, 2, 3, 4, 5]
+    assert (out / 'var-5.pt').exists() and len(studies.log_of(run, args)) == 5
+    row = studies.log_of(run, args)[-1]
+    tokenizer, var, _ = load(out / 'var-5.pt')
+    assert row['parameters'] == sum(parameter.numel() for parameter in var.parameters())
+    assert row['train_flops'] == 5 * 16 * flops_of(tokenizer.config, var.config)['train']
+    assert row['error_8x8'] == pytest.approx(1 - studies.validations(out)[-1]['accuracy_8x8'])
+    studies.train(args, run)                                            # done: nothing is done again
+    assert (out / 'last.pt').stat().st_mtime_ns == stamp
+    done = shutil.copytree(out, tmp_path / 'done')
+    shutil.copy(out / 'previous.pt', out / 'last.pt')                   # stopped at step 4
+    (out / 'var-5.pt').unlink()
+    studies.train(args, run)
+    assert same_weights(out / 'var-5.pt', done / 'var-5.pt', 'var')
+    assert curve(out, 'var') == curve(done, 'var')
+
+
+def test_a_run_that_fails_stops_the_study_with_what_to_do(tmp_path):
+    args = tiny_study(tmp_path)
+    with pytest.raises(UserError, match=r'bad: train.py ended with status 2; repeat .* --depth 0: must be'):
+        studies.train(args, studies.Run('bad', '--depth 0', 5))
+
+
+WRONG_FLAGS = """
+    studies.py                                      | the following arguments are required: study
+    studies.py scalin                               | study scalin; did you mean scaling?
+    studies.py scaling --share 0                    | --share 0; above 0
+    studies.py scaling --preset imagenet256         | --preset imagenet256; shapes
+    studies.py largest --share 0.5                  | prediction.csv: cannot be read; comes first
+    studies.py predict --share 0.5                  | scaling.csv: cannot be read; comes first
+    studies.py predict                              | knows depth 7 already
+    studies.py sheet --share 0.5                    | size-1/var-; no such file
+    studies.py ablation --data-dir nowhere --quiet  | nowhere; no such folder
+"""
+
+
+@pytest.mark.parametrize('line', [' '.join(line.split()) for line in WRONG_FLAGS.strip().splitlines()])
+def test_a_wrong_flag_is_named(line, tiny_run, tmp_path, capsys, monkeypatch):          # noqa: F811
+    check_wrong_flag(line, tiny_run, tmp_path, capsys, monkeypatch)
+
+
+def test_the_prediction_is_what_the_six_smaller_sizes_say_and_comes_true_within_3_percent():
+    rows, found = studies.read_csv(HERE / 'scaling.csv'), studies.read_csv(HERE / 'prediction.csv')
+    ends, (largest,) = studies.at_the_end(rows, studies.SIZES), studies.at_the_end(rows, [studies.LARGEST])
+    assert len(ends) == 6 and len(found) == 8 and largest['parameters'] > 1.5 * ends[-1]['parameters']
+    for row in found:
+        law = studies.fit_power_law(*([end[name] for end in ends] for name in ('parameters', row['measure'])),
+                                    with_constant=row['constant'] > 0)
+        assert row['predicted'] == pytest.approx(float(law(largest['parameters'])), rel=1e-4)
+        assert row['predicted'] == pytest.approx(largest[row['measure']], rel=0.03)
+
+
+@pytest.mark.parametrize('preset', studies.SETTINGS)
+def test_committed_rows_are_those_of_the_script(preset):
+    args, rows = SimpleNamespace(preset=preset, share=1.0), studies.read_csv(HERE / f'ablation-{preset}.csv')
+    expected = [(title, seed, studies.at_equal_compute(args, stem, flags, seed).steps)
+                for title, stem, flags, seeds, _ in studies.ROWS for seed in seeds]
+    assert [(row['row'], row['seed'], row['steps']) for row in rows] == expected
