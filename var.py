@@ -57,7 +57,7 @@ class VARConfig:
     stochastic_depth: Annotated[float | None, 'chance to skip the last block; None: 0.1 * depth / 24'] = None
     adaln_gamma_init: Annotated[float, 'factor on the initial weights of the gates, gamma in Block'] = 1e-5
     adaln: Annotated[bool, 'the class steers norms and branches, beside the first token'] = True
-    order: Annotated[Literal['scale', 'raster'], 'scale by scale; or one map, token by token'] = 'scale'
+    order: Annotated[Literal['scale', 'raster'], 'scale by scale, or a baseline: token by token'] = 'scale'
 
     @property
     def width(self) -> int:
@@ -65,7 +65,7 @@ class VARConfig:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each group that is predicted at once, a scale or a single token; L is their sum."""
+        """Tokens of each group that is predicted at once: a scale or, as GPT does, a token. L is their sum."""
         return [side * side for side in self.scales] if self.order == 'scale' else [1] * self.scales[0] ** 2
 
     def __post_init__(self):

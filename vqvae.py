@@ -69,8 +69,8 @@ class VQVAEConfig:
             raise ValueError(f'channels={self.channels}: must be a multiple of 32, the groups of GroupNorm')
         if not self.channel_mults or min(self.channel_mults) < 1:
             raise ValueError(f'channel_mults={self.channel_mults}: needs one or more numbers of at least 1')
-        rises = list(self.scales) == sorted(set(self.scales))
-        if not rises or not (self.scales[:1] == (1,) or len(self.scales) == 1):
+        sides = list(self.scales)
+        if not sides or sides != sorted(set(sides)) or (sides[0] != 1 and len(sides) > 1):
             raise ValueError(f'scales={self.scales}: must start at 1 and rise, or be one map alone')
         if self.scales[-1] * self.stride != self.image_size:
             raise ValueError(f'scales={self.scales}: the last must be the latent size, image_size / stride = '
