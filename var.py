@@ -65,7 +65,7 @@ class VARConfig:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each group that is predicted at once: a scale or, as GPT does, a token. L is their sum."""
+        """Tokens of each group that is predicted at once: a scale or, as GPT does, a token; L in all."""
         return [side * side for side in self.scales] if self.order == 'scale' else [1] * self.scales[0] ** 2
 
     def __post_init__(self):
