@@ -56,8 +56,8 @@ class VARConfig:
     label_dropout: Annotated[float, 'share of labels that training replaces by the null class'] = 0.1
     stochastic_depth: Annotated[float | None, 'chance to skip the last block; None: 0.1 * depth / 24'] = None
     adaln_gamma_init: Annotated[float, 'factor on the initial weights of the gates, gamma in Block'] = 1e-5
-    adaln: Annotated[bool, 'the class steers norms and branches, beside the first token'] = True
-    order: Annotated[Literal['scale', 'raster'], 'scale by scale, or a baseline: token by token'] = 'scale'
+    adaln: Annotated[bool, 'the class steers all blocks; without, the first token alone tells it'] = True
+    order: Annotated[Literal['scale', 'raster'], 'by scales, or (baseline) by tokens, row by row'] = 'scale'
 
     @property
     def width(self) -> int:
@@ -162,7 +162,7 @@ class Block(nn.Module):
 
 
 class PlainNorm(nn.Module):
-    """In AdaLN's place: what it would make of the class is learned instead, the same for all classes."""
+    """In AdaLN's place without it: learned numbers, the same for all classes, as in a plain LayerNorm."""
 
     def __init__(self, D: int, gammas: int, others: int):
         super().__init__()
@@ -189,7 +189,7 @@ class VAR(nn.Module):
         self.start_position = nn.Parameter(torch.empty(1, 1, D))        # as released, on top of position 0
         self.word_embedding = nn.Linear(config.z_channels, D)
         self.position = nn.Parameter(torch.empty(1, L, D))
-        self.scale_embedding = nn.Embedding(K, D)                       # which scale a token belongs to
+        self.scale_embedding = nn.Embedding(K, D)                       # of a token's scale; one map: 0
         if config.shared_adaln:
             self.shared_adaln = nn.Linear(D, 6 * D)
         drop_rate = 0.1 * depth / 24 if config.stochastic_depth is None else config.stochastic_depth
@@ -288,17 +288,17 @@ class VAR(nn.Module):
         """Labels in [0, num_classes] -> images (B, 3, image_size, image_size) in [-1, 1], tokens_BL if asked.
 
         cfg: strength of classifier-free guidance at the last scale; it rises from 0 at the first, as
-        released; of raster order, throughout. (Where guidance is written as uncond + s * (cond - uncond), s
-        is 1 + cfg.) top_k, top_p: see
-        `draw_tokens`; the defaults are the released code's for FID (paper: top-k 600). noise_BL: one uniform
-        number in [0, 1) per token, which alone decides what is drawn; None: from torch's default generator.
-        kept_BL: int64, the token to keep, or -1 where one is to be drawn, as from `VQVAE.keep`; None: all are
-        drawn. temperature: divides the logits. gumbel_BLV: Gumbel noise, which makes an image of mixtures of
-        codes (see `mix_codes`; not in raster order) instead of the tokens that are returned; None: of those.
+        released; in raster order it is constant. (Where guidance is written as uncond + s * (cond - uncond),
+        s is 1 + cfg.) top_k, top_p: see `draw_tokens`; the defaults are the released code's for FID (paper:
+        top-k 600). noise_BL: one uniform number in [0, 1) per token, which alone decides what is drawn; None:
+        from torch's default generator. kept_BL: int64, the token to keep, or -1 where one is to be drawn, as
+        from `VQVAE.keep`; None: all are drawn. temperature: divides the logits. gumbel_BLV: Gumbel noise,
+        which makes an image of mixtures of codes (see `mix_codes`; not in raster order) instead of the tokens
+        that are returned; None: of those.
         Raises ValueError at a tokenizer of another kind, and where logits aren't finite.
         """
         self.check_tokenizer(tokenizer)
-        B, depth, lengths, K = len(labels_B), self.config.depth, self.config.lengths, len(self.config.lengths)
+        B, depth, lengths, G = len(labels_B), self.config.depth, self.config.lengths, len(self.config.lengths)
         if noise_BL is None:
             noise_BL = torch.rand(B, sum(lengths), device=labels_B.device)
         kept_BL = (labels_B.new_full((1, 1), -1) if kept_BL is None else kept_BL).expand(B, sum(lengths))
@@ -317,7 +317,7 @@ class VAR(nn.Module):
             start = sum(lengths[:k])
             # no mask: the cache ends with group k, within which all places see each other
             logits_NlV = self.transform(x_NlD, modulations, None, caches, start)
-            t = cfg * k / (K - 1) if self.config.order == 'scale' else cfg
+            t = cfg * k / (G - 1) if self.config.order == 'scale' else cfg
             logits_BlV = logits_NlV[:B]
             if cfg:                                         # (1 + t) * conditional - t * unconditional
                 logits_BlV = (logits_BlV - logits_NlV[B:]).mul_(t).add_(logits_BlV)
@@ -328,15 +328,16 @@ class VAR(nn.Module):
             codes.append(tokens[-1])                            # or mixtures of them
             if gumbel_BLV is not None:
                 gumbel_BlV = gumbel_BLV[:, start:start + lengths[k]]
-                codes[-1] = mix_codes(logits_BlV, gumbel_BlV, kept_Bl, top_k, top_p, progress=k / (K - 1))
-            if k < K - 1:
-                f_hat, input_BlC = tokenizer.write(f_hat, codes[-1], k)
+                codes[-1] = mix_codes(logits_BlV, gumbel_BlV, kept_Bl, top_k, top_p, progress=k / (G - 1))
+            if k < G - 1:
+                f_hat, input_BlC = tokenizer.advance(f_hat, codes[-1], k)
                 x_BlD = self.word_embedding(input_BlC).float() + positions[k + 1]
                 x_NlD = torch.cat([x_BlD] * len(asked))
         for k, is_finite in enumerate(torch.stack(finite).tolist(), start=1):       # a GPU waits once
             if not is_finite:
-                raise ValueError(f'logits of step {k} of {K} are not finite, at cfg={cfg}')
-        images = tokenizer.decode_f_hat(tokenizer.f_hats(torch.cat(codes, dim=1))[-1]).clamp(-1, 1)
+                raise ValueError(f'logits of step {k} of {G} are not finite, at cfg={cfg}')
+        f_hat = tokenizer.f_hats(torch.cat(codes, dim=1))[-1]               # with the last group, too
+        images = tokenizer.decode_f_hat(f_hat).clamp(-1, 1)
         return (images, torch.cat(tokens, dim=1)) if return_tokens else images
 
     # --- the authors' weights

@@ -335,15 +335,15 @@ class VQVAE(nn.Module):
         f_hat, inputs = 0.0, []
         groups = tokens_BL.split(self.scale_lengths if len(self.scale_lengths) > 1 else 1, dim=1)
         for k, tokens_Bl in enumerate(groups[:-1]):
-            f_hat, input_BlC = self.write(f_hat, tokens_Bl, k)
+            f_hat, input_BlC = self.advance(f_hat, tokens_Bl, k)
             inputs.append(input_BlC)
         return torch.cat(inputs, dim=1)
 
-    def write(self, f_hat_BCHW: Tensor | float, tokens_Bl: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Adds group k (from 0). Returns what is written, and what of it predicts group k + 1: (B, l, C).
+    def advance(self, f_hat_BCHW: Tensor | float, tokens_Bl: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Adds group k (from 0). Returns f_hat, and the transformer's input for group k + 1: (B, l, C).
 
-        A group is a scale: f_hat grows, and is seen in the grid of the next. Or it is a token, of a single
-        map in raster order: its code is seen, and f_hat waits until all are there.
+        A group is a scale, and its input is f_hat, shrunk to the next grid. Or, of a single map, it is a
+        token, in raster order, and its input is its code (f_hat can't grow before the map is whole).
         """
         if len(self.config.scales) == 1:
             return f_hat_BCHW, self.codebook(tokens_Bl)
