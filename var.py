@@ -330,14 +330,13 @@ class VAR(nn.Module):
                 gumbel_BlV = gumbel_BLV[:, start:start + lengths[k]]
                 codes[-1] = mix_codes(logits_BlV, gumbel_BlV, kept_Bl, top_k, top_p, progress=k / (G - 1))
             if k < G - 1:
-                f_hat, input_BlC = tokenizer.advance(f_hat, codes[-1], k)
+                f_hat, input_BlC = tokenizer.advance(f_hat, codes[-1], k)       # f_hat but for group G - 1
                 x_BlD = self.word_embedding(input_BlC).float() + positions[k + 1]
                 x_NlD = torch.cat([x_BlD] * len(asked))
         for k, is_finite in enumerate(torch.stack(finite).tolist(), start=1):       # a GPU waits once
             if not is_finite:
                 raise ValueError(f'logits of step {k} of {G} are not finite, at cfg={cfg}')
-        f_hat = tokenizer.f_hats(torch.cat(codes, dim=1))[-1]               # with the last group, too
-        images = tokenizer.decode_f_hat(f_hat).clamp(-1, 1)
+        images = tokenizer.decode_f_hat(tokenizer.f_hats(torch.cat(codes, dim=1))[-1]).clamp(-1, 1)
         return (images, torch.cat(tokens, dim=1)) if return_tokens else images
 
     # --- the authors' weights
