@@ -1046,7 +1046,8 @@ def claim_folder(out: Path, args: argparse.Namespace, stages: list[str]) -> list
         check(not (held or last and last.get('unfinished', True)), f'--out {out}: already holds a run; '
               '--resume goes on with it, --overwrite replaces it, or choose another --out')
     others = [out / name for name in ('previous.pt', 'tokens.bin', 'tokens.txt')]
-    return [*held, *others, *out.glob('var-*.pt')] if args.overwrite else []
+    kept = [path for path in out.glob('var-*.pt') if path.stem[4:].isdecimal() and 'var' in stages]
+    return [*held, *others, *kept] if args.overwrite else []
 
 
 def tokenizer_for_stage_2(args: argparse.Namespace, out: Path, saved: dict | None) -> VQVAE:
@@ -1058,6 +1059,11 @@ def tokenizer_for_stage_2(args: argparse.Namespace, out: Path, saved: dict | Non
           'one with --tokenizer')
     says_scales = saved or 'scales' in args.given or 'scales' in PRESETS[args.preset]
     tokenizer = sample.load_tokenizer(path, args.scales if says_scales else None)
+    is_single, scales = len(tokenizer.config.scales) == 1, tokenizer.config.scales
+    advice = ('one map goes with --order raster' if is_single else 'raster order needs one of a single map, by '
+              '--stage vqvae --order raster --scales 8')
+    check(is_single == (args.order == 'raster'), f'--order {args.order}: the tokenizer in {path} has the '
+          f'scales {scales}; {advice}')
     for name, value in asdict(tokenizer.config).items():
         check(name not in args.given or getattr(args, name) == value, f'{sample.flag(name)} '
               f'{getattr(args, name)}: the tokenizer in {path} has {value}; omit the flag')
@@ -1286,7 +1292,7 @@ def main(argv: list[str]):
         tokenizer = (VQVAE(make(VQVAEConfig, args)) if 'vqvae' in stages else
                      tokenizer_for_stage_2(args, out, saved))
         config = tokenizer.config
-        if 'var' in stages:
+        if 'var' in stages or 'order' in args.given:
             make(VARConfig, args, num_classes=1, scales=config.scales)          # complains early
         replaced = claim_folder(out, args, stages)
         data = load_data(args, config.image_size, device)

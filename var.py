@@ -312,7 +312,7 @@ class VAR(nn.Module):
         caches = class_ND.new_empty((depth, 2, len(class_ND), depth, sum(lengths), HEAD_WIDTH), dtype=dtype)
         positions = self.positions().split(lengths, dim=1)
         x_NlD = class_ND[:, None] + self.start_position + positions[0]
-        tokens, codes, finite, f_hat = [], [], [], 0.0
+        tokens, finite, f_hat = [], [], 0.0
         for k, (noise_Bl, kept_Bl) in enumerate(zip(noise_BL.split(lengths, 1), kept_BL.split(lengths, 1))):
             start = sum(lengths[:k])
             # no mask: the cache ends with group k, within which all places see each other
@@ -325,18 +325,19 @@ class VAR(nn.Module):
             finite.append(logits_BlV.sum().isfinite())
             drawn_Bl = draw_tokens(logits_BlV, noise_Bl, top_k, top_p)
             tokens.append(torch.where(kept_Bl < 0, drawn_Bl, kept_Bl))
-            codes.append(tokens[-1])                            # or mixtures of them
+            codes = tokens[-1]                                  # or mixtures of them
             if gumbel_BLV is not None:
                 gumbel_BlV = gumbel_BLV[:, start:start + lengths[k]]
-                codes[-1] = mix_codes(logits_BlV, gumbel_BlV, kept_Bl, top_k, top_p, progress=k / (G - 1))
+                codes = mix_codes(logits_BlV, gumbel_BlV, kept_Bl, top_k, top_p, progress=k / (G - 1))
             if k < G - 1:
-                f_hat, input_BlC = tokenizer.advance(f_hat, codes[-1], k)       # f_hat but for group G - 1
+                f_hat, input_BlC = tokenizer.advance(f_hat, codes, k)
                 x_BlD = self.word_embedding(input_BlC).float() + positions[k + 1]
                 x_NlD = torch.cat([x_BlD] * len(asked))
-        for k, is_finite in enumerate(torch.stack(finite).tolist(), start=1):       # a GPU waits once
+        for step, is_finite in enumerate(torch.stack(finite).tolist(), start=1):        # a GPU waits once
             if not is_finite:
-                raise ValueError(f'logits of step {k} of {G} are not finite, at cfg={cfg}')
-        images = tokenizer.decode_f_hat(tokenizer.f_hats(torch.cat(codes, dim=1))[-1]).clamp(-1, 1)
+                raise ValueError(f'logits of step {step} of {G} are not finite, at cfg={cfg}')
+        lacking = (codes, k) if self.config.order == 'scale' else (torch.cat(tokens, 1), 0)     # a whole map
+        images = tokenizer.decode_f_hat(f_hat + tokenizer.contribution(*lacking)).clamp(-1, 1)
         return (images, torch.cat(tokens, dim=1)) if return_tokens else images
 
     # --- the authors' weights

@@ -341,10 +341,8 @@ class VQVAE(nn.Module):
 
     def advance(self, f_hat_BCHW: Tensor | float, tokens_Bl: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Adds group k (from 0). Returns f_hat, and the transformer's input for group k + 1: (B, l, C).
-
-        A group is a scale, and its input is f_hat, shrunk to the next grid. Or, of a single map, it is a
-        token, in raster order, and its input is its code (f_hat can't grow before the map is whole).
-        """
+        A group is a scale, and f_hat, shrunk to the next grid, is that input; or, of a single map, a token in
+        raster order, and its code is (f_hat can't grow before the map is whole)."""
         if len(self.config.scales) == 1:
             return f_hat_BCHW, self.codebook(tokens_Bl)
         f_hat_BCHW = f_hat_BCHW + self.contribution(tokens_Bl, k)

@@ -2,15 +2,16 @@
 
     python notebooks/studies.py ablation --data-dir DIR         # -> notebooks/ablation-cifar10-cpu.csv
     python notebooks/studies.py ablation --preset shapes        # the same on drawn shapes, in minutes
-    python notebooks/studies.py scaling --data-dir DIR          # -> notebooks/scaling.csv, six sizes
-    python notebooks/studies.py predict                         # -> notebooks/prediction.csv, of a seventh
+    python notebooks/studies.py scaling --data-dir DIR          # -> scaling-cifar10-cpu.csv, of six sizes
+    python notebooks/studies.py predict                         # -> prediction-cifar10-cpu.csv, of a seventh
     python notebooks/studies.py largest --data-dir DIR          # ... which is trained only now
     python notebooks/studies.py equal-compute --data-dir DIR    # sizes at the ablation's compute
-    python notebooks/studies.py sheet                           # -> notebooks/images/size-by-training.png
-    python notebooks/studies.py speed                           # -> notebooks/speed.csv: sampling, AR and VAR
+    python notebooks/studies.py sheet                           # -> images/size-by-training-cifar10-cpu.png
+    python notebooks/studies.py speed                           # -> speed.csv: sampling, AR and VAR
 
 Each run is a command of train.py, which is printed; what is done already is not done again, and a run that
-was stopped goes on. To add a row, add it to ROWS or SIZES.
+was stopped goes on. To add a row, add it to ROWS or SIZES. The committed rows of CIFAR-10 are of --dtype
+bfloat16, on a CPU that is fast at it, those of shapes of float32.
 """
 import argparse
 import csv
@@ -21,27 +22,30 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-from judge import frechet_distance, load_judge, read_images                             # noqa: E402
-from sample import (POSITIVE, Parser, UserError, check, draw, flops_of, grid, load, prepare_folder,  # noqa: E402
-                    run_command, save_file, save_image, seconds_of, to_uint8)
-from train import make, parse, read_resume                                              # noqa: E402
+from judge import Judge, frechet_distance, load_judge, read_images                      # noqa: E402
+from measure import psnr                                                                # noqa: E402
+from sample import (POSITIVE, Parser, UserError, check, choose_device, draw, flag,      # noqa: E402
+                    flops_of, grid, load, prepare_folder, run_command, save_file, save_image, seconds_of,
+                    to_uint8)
+from train import MAY_CHANGE, make, parse, read_resume, to_float                        # noqa: E402
 from var import VAR, VARConfig                                                          # noqa: E402
 from vqvae import VQVAE, VQVAEConfig                                                    # noqa: E402
 
-PLAIN = dict(cfg=0.0, top_k=0, top_p=0.0)
 TOKENIZERS = {('cifar10-cpu', 'scale'): 'notebooks/cifar10.pt'}             # the others are trained
 # by presets: steps of a tokenizer; training compute of a row of the ablation, FLOPs; its top-k, 15% of the
-# codes as in the paper (600 of 4,096), and guidance
-SETTINGS = {'cifar10-cpu': (10_000, 3e13, dict(top_k=150, cfg=4.0)),
-            'shapes': (750, 3e12, dict(top_k=40, cfg=2.0))}
+# codes, as in the paper (600 of 4,096)
+SETTINGS = {'cifar10-cpu': (10_000, 3e13, 150), 'shapes': (750, 3e12, 40)}
+GUIDANCE = 1.0, 2.0, 4.0            # of which a guided row takes what is nearest to real images
 AR, VAR_PLAIN = '--order raster --scales 8 --no-adaln --no-unit-norm', '--no-adaln --no-unit-norm'
 ROWS = [                            # name, what its runs are called, their flags, seeds, how it is sampled
     ('AR', 'ar', AR, (0, 1), ()),
@@ -57,6 +61,9 @@ SIZES, LARGEST, STEPS = (1, 2, 3, 4, 5, 6), 7, 320                          # de
 MEASURES = ('loss', 'loss_8x8', 'error', 'error_8x8')                       # of all scales, of the last
 JUDGED = 2000                       # samples of a row
 SHEET = (1, 3, 6), (0.2, 0.6, 1.0)                                          # columns, and shares of training
+
+
+PYRAMIDS = {8: (1, 2, 4, 8), 16: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)}        # whose speed is measured
 
 
 class Run(NamedTuple):
@@ -93,9 +100,9 @@ def folder_of(args: argparse.Namespace, name: str) -> Path:
     return Path(args.out, args.preset if args.share == 1 else f'{args.preset}-{args.share:g}', name).resolve()
 
 
-def results_of(args: argparse.Namespace) -> Path:
-    """Where CSVs and images go: here, or those of a trial to its runs."""
-    return HERE if args.share == 1 else folder_of(args, '')
+def result(args: argparse.Namespace, name: str) -> Path:
+    """A CSV or an image that a study writes: beside this file, or, of a trial, beside its runs."""
+    return (HERE if args.share == 1 else folder_of(args, '')) / name
 
 
 def batch_size(args: argparse.Namespace) -> int:
@@ -104,17 +111,30 @@ def batch_size(args: argparse.Namespace) -> int:
 
 def call_train(args: argparse.Namespace, out: Path, flags: str):
     """train.py, unless it is done: from the start, or from where it was stopped."""
+    asked = ['--preset', args.preset, *flags.split(), '--dtype', args.dtype]
     last = read_resume(out, mmap=True) if out.is_dir() else None
-    if last and not last['unfinished']:
-        return
+    if last:
+        wanted, had = vars(parse(asked)[0]), last['settings']
+        others = [flag(name) for name in had.keys() - {*MAY_CHANGE} | {'dtype'} if had[name] != wanted[name]]
+        check(not others, f'{out}: holds a run with another {", ".join(sorted(others))}; remove it, or '
+              'choose another --out')
+        if not last['unfinished']:
+            return
     data = ['--data-dir', args.data_dir] if args.data_dir and args.preset != 'shapes' else []
-    command = ['train.py', *(['--resume'] if last else ['--preset', args.preset, *flags.split()]), *data,
-               '--dtype', args.dtype, '--out', str(out)]
+    command = ['train.py', *(['--resume'] if last else asked), *data, '--out', str(out)]
     if not args.quiet:
         print('python', shlex.join(command), flush=True)
-    done = subprocess.run([sys.executable, *command], cwd=HERE.parent, capture_output=args.quiet, text=True)
-    check(done.returncode == 0, f'{out}: train.py ended with status {done.returncode}; repeat the command to '
-          f'go on {(done.stderr or "")[-300:]}'.strip())
+    stderr = subprocess.PIPE if args.quiet else None
+    process = subprocess.Popen([sys.executable, *command], cwd=HERE.parent, stderr=stderr, text=True,
+                               stdout=subprocess.DEVNULL if args.quiet else None)
+    while True:
+        try:
+            said = (process.communicate()[1] or '').strip().splitlines()
+            break
+        except KeyboardInterrupt:                               # train.py was asked, too, and saves
+            continue
+    check(process.returncode == 0, f'{out}: train.py ended with status {process.returncode}; repeat the '
+          f'command to go on, once what it says is mended: {said[-1] if said else "see above"}')
 
 
 def train(args: argparse.Namespace, run: Run):
@@ -122,18 +142,17 @@ def train(args: argparse.Namespace, run: Run):
     out, order = folder_of(args, run.name), 'raster' if 'raster' in run.flags else 'scale'
     tokenizer = TOKENIZERS.get((args.preset, order), folder_of(args, f'tokenizer-{order}') / 'vqvae.pt')
     if (args.preset, order) not in TOKENIZERS:
-        scales = '--scales 8' if order == 'raster' else ''
+        scales = '--order raster --scales 8' if order == 'raster' else ''
         call_train(args, Path(tokenizer).parent, f'--stage vqvae {scales} '
                    f'--vqvae-steps {round(args.share * SETTINGS[args.preset][0])}')
-    tokens = folder_of(args, f'tokens-{order}')                 # written once for all runs
-    if not out.exists() and args.preset != 'shapes':            # shapes differ by the seed
-        out.mkdir(parents=True)
-        for path in tokens.glob('tokens.*'):
-            shutil.copy(path, out)
+    tokens = folder_of(args, f'tokens-{order}-{args.dtype}')    # written once for all runs
+    if tokens.is_dir() and not out.exists():
+        shutil.rmtree(copy := out.with_name(f'{out.name}.tmp'), ignore_errors=True)
+        shutil.copytree(tokens, copy).rename(out)
     call_train(args, out, f'--stage var --tokenizer {tokenizer} --cache-tokens --keep-models {run.flags} '
                f'--var-steps {run.steps} --save-every-steps {max(1, run.steps // 5)}')
-    tokens.mkdir(exist_ok=True)
-    for path in out.glob('tokens.*'):
+    for path in out.glob('tokens.*') if args.preset != 'shapes' else ():    # shapes differ by the seed
+        tokens.mkdir(exist_ok=True)
         path.replace(tokens / path.name)
 
 
@@ -146,6 +165,7 @@ def validations(out: Path) -> list[dict]:
 
 
 def write_csv(path: Path, rows: list[dict]):
+    prepare_folder(path.parent, '--out')
     text = io.StringIO(newline='')
     writer = csv.DictWriter(text, rows[0])
     writer.writeheader()
@@ -171,66 +191,100 @@ def read_csv(path: Path) -> list[dict]:
 
 
 # -------------------------------------------------------------------------------------------- the ablation
+class Images(NamedTuple):
+    """What samples are held against: the judge, and its features of as many test and training images."""
+    judge: Judge
+    test: Tensor
+    training: Tensor
+
+
 def ablation(args: argparse.Namespace):
     """Trains all rows at equal compute, draws from each, and asks the judge."""
-    name, how = args.preset.removesuffix('-cpu'), SETTINGS[args.preset][2]
     runs = {(stem, seed): at_equal_compute(args, stem, flags, seed)
             for _, stem, flags, seeds, _ in ROWS for seed in seeds}
     for run in runs.values():
         train(args, run)
-    real_images, real_labels, test_images, _ = read_images(name, args.data_dir)
-    judge = load_judge(name, real_images, real_labels, f'out/judge-{name}.pt')
-    test, real = judge.features(test_images[:JUDGED]), judge.features(real_images[:JUDGED])
-    floor, rows = frechet_distance(real, test), []
+    name = args.preset.removesuffix('-cpu')
+    real_images, real_labels, test_images, _ = read_images(name, args.data_dir or str(HERE.parent / 'data'))
+    judge = load_judge(name, real_images, real_labels, HERE.parent / f'out/judge-{name}.pt')
+    real_images = real_images[:JUDGED]
+    images = Images(judge, judge.features(test_images[:JUDGED]), judge.features(real_images))
+    rows, ceilings = [], {}
     for title, stem, _, seeds, settings in ROWS:
         for seed in seeds:
-            run, sampling = runs[stem, seed], PLAIN | {key: how[key] for key in settings}
-            found = measure(args, run, judge, test, sampling)
-            rows.append(dict(row=title, seed=seed) | found | dict(floor=floor))
+            run = runs[stem, seed]
+            tokenizer, var, _ = load(folder_of(args, run.name) / f'var-{run.steps}.pt')
+            if var.config.order not in ceilings:                        # no sample is better than these
+                ceilings[var.config.order] = measure_tokenizer(tokenizer, real_images, images)
+            rows.append(dict(row=title, seed=seed) | measure_run(args, run, var) |
+                        measure_samples(args, tokenizer, var, settings, images) | ceilings[var.config.order])
             print(rows[-1], flush=True)
-    write_csv(results_of(args) / f'ablation-{args.preset}.csv', rows)
+    write_csv(result(args, f'ablation-{args.preset}.csv'), rows)
 
 
-def measure(args: argparse.Namespace, run: Run, judge, test: torch.Tensor, how: dict) -> dict:
-    """A row of the ablation."""
-    out, labels = folder_of(args, run.name), [i % 10 for i in range(JUDGED)]
-    images = run.steps * batch_size(args)
-    tokenizer, var, _ = load(out / f'var-{run.steps}.pt')
-    began = time.perf_counter()
-    made = torch.cat([to_uint8(part) for part, _ in draw(tokenizer, var, labels, 0, 100, args.dtype, **how)])
-    seconds = (time.perf_counter() - began) / JUDGED
-    features, last = judge.features(made), validations(out)[-1]
-    flops = flops_of(tokenizer.config, var.config)
-    return dict(parameters=parameters_of(var.config), steps=run.steps, images=images,
-                train_flops=flops['train'] * images, loss=last['loss'], loss_last=last['loss_8x8'],
-                **how, recognised=judge.recognised(features, torch.tensor(labels)).mean().item(),
-                frechet=frechet_distance(features, test), seconds_an_image=seconds,
-                steps_an_image=len(var.config.lengths), sample_flops=flops['sample'])
+def measure_run(args: argparse.Namespace, run: Run, var: VAR) -> dict:
+    images, last = run.steps * batch_size(args), validations(folder_of(args, run.name))[-1]
+    return dict(dtype=args.dtype, parameters=parameters_of(var.config), steps=run.steps, images=images,
+                train_flops=flops_of(*settings_of(args.preset, run.flags))['train'] * images,
+                loss=last['loss'], loss_last=last['loss_8x8'])
+
+
+def measure_samples(args: argparse.Namespace, tokenizer: VQVAE, var: VAR, settings, images: Images) -> dict:
+    """JUDGED samples. Of several strengths of guidance, those that are nearest to training images."""
+    labels, found = [i % 10 for i in range(JUDGED)], []
+    top_k = SETTINGS[args.preset][2] if 'top_k' in settings else 0
+    for cfg in GUIDANCE if 'cfg' in settings else (0.0,):
+        how, began = dict(cfg=cfg, top_k=top_k, top_p=0.0), time.perf_counter()
+        batches = draw(tokenizer, var, labels, 0, 100, args.dtype, **how)
+        made = torch.cat([to_uint8(part) for part, _ in batches])
+        seconds, features = (time.perf_counter() - began) / JUDGED, images.judge.features(made)
+        recognised = images.judge.recognised(features, torch.tensor(labels)).mean().item()
+        flops = flops_of(tokenizer.config, var.config)
+        found.append(how | dict(
+            recognised=recognised, frechet=frechet_distance(features, images.test),
+            frechet_training=frechet_distance(features, images.training), seconds_an_image=seconds,
+            steps_an_image=len(var.config.lengths),
+            sample_flops=flops['sample'] if cfg else (flops['sample'] + flops['decode']) // 2))
+    return min(found, key=lambda row: row['frechet_training'])
+
+
+@torch.no_grad()
+def measure_tokenizer(tokenizer: VQVAE, real_images: Tensor, images: Images) -> dict:
+    """Training images to test images, as they are (the floor) and reconstructed."""
+    made = [tokenizer.decode(tokenizer.encode(to_float(part))) for part in real_images.split(100)]
+    features = images.judge.features(to_uint8(torch.cat(made)))
+    floor, distance = (frechet_distance(found, images.test) for found in (images.training, features))
+    return dict(floor=floor, reconstructions=distance, psnr=psnr(torch.cat(made), real_images))
 
 
 # ---------------------------------------------------------------------------------------------- scaling laws
 class PowerLaw(NamedTuple):
-    """y = (beta * x) ** alpha + constant; correlation is that of log x and log(y - constant)."""
+    """y = factor * x ** alpha + constant, or (beta * x) ** alpha + constant; correlation is that of log x and
+    log(y - constant)."""
     alpha: float
-    beta: float
+    factor: float
     constant: float
     correlation: float
 
     def __call__(self, x):
-        return (self.beta * np.asarray(x, float)) ** self.alpha + self.constant
+        return self.factor * np.asarray(x, float) ** self.alpha + self.constant
+
+    @property
+    def log10_beta(self) -> float:
+        return math.log10(self.factor) / self.alpha
 
 
 def fit_power_law(x, y, with_constant: bool = False) -> PowerLaw:
-    """Least squares of the logs. The constant, from 0 to below the least y, is that of the best correlation
-    (which needs four points or more to mean anything)."""
+    """Least squares of the logs. The constant, from 0 to almost the least y, is that of the best correlation.
+    Raises UserError where y doesn't fall as x rises."""
     x, y = np.log(np.asarray(x, float)), np.asarray(y, float)
-    constants = y.min() * (1 - np.geomspace(1, 1e-4, 400)) if with_constant else [0.0]
+    check(len(x) > 1 and np.polyfit(x, y, 1)[0] < -1e-12, 'no power law: what is measured does not fall')
     fits = []
-    for constant in constants:
+    for constant in y.min() * (1 - np.geomspace(1, 1e-4, 400)) if with_constant else [0.0]:
         logs = np.log(y - constant)
         alpha, offset = np.polyfit(x, logs, 1)
-        fits.append(PowerLaw(alpha, math.exp(offset / alpha), constant, np.corrcoef(x, logs)[0, 1]))
-    return max(fits, key=lambda law: abs(law.correlation))
+        fits.append(PowerLaw(alpha, math.exp(offset), constant, np.corrcoef(x, logs)[0, 1]))
+    return min(fits, key=lambda law: law.correlation)
 
 
 def pareto_frontier(costs, losses) -> list[int]:
@@ -247,7 +301,7 @@ def log_of(run: Run, args: argparse.Namespace) -> list[dict]:
     out, configs = folder_of(args, run.name), settings_of(args.preset, run.flags)
     batch = batch_size(args)
     return [dict(run=run.name, depth=configs[1].depth, parameters=parameters_of(configs[1]),
-                 step=int(row['step']), steps=run.steps, images=int(row['step']) * batch,
+                 dtype=args.dtype, step=int(row['step']), steps=run.steps, images=int(row['step']) * batch,
                  train_flops=flops_of(*configs)['train'] * int(row['step']) * batch)
             | {name: value for name, value in row.items() if name.startswith(('loss', 'error'))}
             for row in (validations(out) if (out / 'var.csv').exists() else ())]
@@ -261,8 +315,12 @@ def scaling_runs(args: argparse.Namespace) -> list[Run]:
 
 
 def collect(args: argparse.Namespace):
-    rows = [row for run in scaling_runs(args) for row in log_of(run, args)]
-    write_csv(results_of(args) / 'scaling.csv', rows)
+    """scaling-*.csv: of runs that are here, what they found; of others, the rows that are there."""
+    path = result(args, f'scaling-{args.preset}.csv')
+    before = read_csv(path) if path.exists() else []
+    rows = [row for run in scaling_runs(args)
+            for row in log_of(run, args) or (row for row in before if row['run'] == run.name)]
+    write_csv(path, rows)
 
 
 def scaling(args: argparse.Namespace):
@@ -279,20 +337,24 @@ def at_the_end(rows: list[dict], depths) -> list[dict]:
 
 def predict(args: argparse.Namespace):
     """What the fits of the six sizes say of the seventh, before it is trained."""
-    rows = read_csv(results_of(args) / 'scaling.csv')
-    check(not at_the_end(rows, [LARGEST]), f'scaling.csv: knows depth {LARGEST} already; that would be no '
-          'prediction')
+    rows = read_csv(result(args, f'scaling-{args.preset}.csv'))
     ends, config = at_the_end(rows, SIZES), settings_of(args.preset, of_size(args, LARGEST).flags)[1]
-    parameters = parameters_of(config)
-    laws = [(name, fit_power_law([row['parameters'] for row in ends], [row[name] for row in ends], constant))
-            for name in MEASURES for constant in (False, True)]
-    write_csv(results_of(args) / 'prediction.csv', [dict(measure=name, depth=LARGEST, parameters=parameters,
-                                             **law._asdict(), predicted=float(law(parameters)))
-                                        for name, law in laws])
+    check(len(ends) == len(SIZES), f'scaling-{args.preset}.csv: has {len(ends)} of {len(SIZES)} sizes; '
+          '`studies.py scaling` comes first')
+    check(not at_the_end(rows, [LARGEST]), f'scaling-{args.preset}.csv: knows depth {LARGEST} already; that '
+          'would be no prediction')
+    found = []
+    for name in MEASURES:
+        for with_constant in (0, 1):
+            law = fit_power_law(*([row[key] for row in ends] for key in ('parameters', name)), with_constant)
+            parameters = parameters_of(config)
+            found.append(dict(measure=name, with_constant=with_constant, depth=LARGEST, parameters=parameters,
+                              **law._asdict(), predicted=float(law(parameters))))
+    write_csv(result(args, f'prediction-{args.preset}.csv'), found)
 
 
 def largest(args: argparse.Namespace):
-    read_csv(results_of(args) / 'prediction.csv')               # which has to be there before
+    read_csv(result(args, f'prediction-{args.preset}.csv'))               # which has to be there before
     train(args, of_size(args, LARGEST))
     collect(args)
 
@@ -316,30 +378,29 @@ def sheet(args: argparse.Namespace):
             blocks.append(next(draw(tokenizer, var, [0, 1, 7, 8], 3, 4, cfg=4.0, top_k=0, top_p=0.8))[0])
     rows = [torch.cat([block[half:half + 2] for block in blocks[i:i + len(depths)]])
             for i in range(0, len(blocks), len(depths)) for half in (0, 2)]
-    path = results_of(args) / 'images' / 'size-by-training.png'
+    path = result(args, f'images/size-by-training-{args.preset}.png')
     prepare_folder(path.parent, '--out')
     save_image(path, grid(torch.cat(rows), 2 * len(depths)))
     print(path)
 
 
-PYRAMIDS = {8: (1, 2, 4, 8), 16: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)}
-
-
 def speed(args: argparse.Namespace):
-    """Seconds of drawing 50 images with random weights of depth 2, in one batch, guided, by turns."""
-    rows = []
+    """Seconds of drawing 50 images with random weights of depth 2, in one batch, guided; medians of five
+    rounds, by turns."""
+    rows, runs = [], []
     for side, scales in PYRAMIDS.items():
         for order, sides in dict(raster=(side,), scale=scales).items():
             tokenizer = VQVAE(VQVAEConfig(image_size=4 * side, vocab_size=1024, scales=sides))
             var = VAR(VARConfig(2, 10, 1024, 16, sides, order=order))
-            how = dict(dtype=args.dtype, cfg=4.0, top_k=0, top_p=0.8)
-            seconds = seconds_of(lambda: [*draw(tokenizer, var, [*range(10)] * 5, 0, 50, **how)],
-                                 torch.device('cpu'), runs=5)
-            rows.append(dict(side=side, order=order, tokens=sum(var.config.lengths),
-                             steps=len(var.config.lengths), seconds_an_image=seconds / 50,
+            runs.append(partial(draw, tokenizer, var, [*range(10)] * 5, 0, 50, args.dtype, cfg=4.0, top_k=0,
+                                top_p=0.8))
+            rows.append(dict(side=side, order=order, dtype=args.dtype, tokens=sum(var.config.lengths),
+                             steps=len(var.config.lengths),
                              sample_flops=flops_of(tokenizer.config, var.config)['sample']))
-            print(rows[-1], flush=True)
-    write_csv(results_of(args) / 'speed.csv', rows)
+    rounds = [[seconds_of(lambda: [*run()], torch.device('cpu'), runs=1) for run in runs] for _ in range(5)]
+    for row, seconds in zip(rows, zip(*rounds)):
+        row['seconds_an_image'] = float(np.median(seconds)) / 50
+    write_csv(result(args, 'speed.csv'), rows)
 
 
 STUDIES = {study.__name__.replace('_', '-'): study
@@ -356,6 +417,7 @@ def main(argv: list[str]):
     parser.add_argument('--out', default='out/studies', help='folder of all runs [out/studies]')
     parser.add_argument('--quiet', action='store_true', help='nothing of what train.py says')
     args = parser.parse_args(argv)
+    choose_device('cpu')                                        # glibc keeps memory, for timings
     args.data_dir = args.data_dir and str(Path(args.data_dir).resolve())        # train.py runs elsewhere
     STUDIES[args.study](args)
 

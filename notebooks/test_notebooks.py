@@ -24,7 +24,7 @@ CIFAR10 = HERE.parents[1] / 'shared' / 'data' / 'cifar10'
 @pytest.mark.parametrize('path', WALKTHROUGHS + SOLUTIONS, ids=lambda path: path.stem)
 def test_a_committed_notebook_has_run_and_keeps_the_rules(path):
     assert run.problems(nbformat.read(path, as_version=4)) == []
-    assert len(WALKTHROUGHS) == 3 and len(SOLUTIONS) == 4
+    assert len(WALKTHROUGHS) == 5 and len(SOLUTIONS) == 4
 
 
 @pytest.mark.parametrize('path', sorted(HERE.glob('assignments/A*.ipynb')), ids=lambda path: path.stem)

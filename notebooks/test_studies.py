@@ -1,5 +1,5 @@
-"""studies.py: its fits find known laws, its runs are equal where they should be, go on after a stop, and the
-committed figures are what it makes of the committed logs."""
+"""studies.py: its fits find known laws, its runs are equal where they should be and go on after a stop, a tiny
+study runs from end to end, and the committed prediction follows from the committed losses."""
 import shutil
 import sys
 from pathlib import Path
@@ -7,18 +7,20 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import studies                                                                          # noqa: E402
 from sample import UserError, flops_of, load                                            # noqa: E402
+from vqvae import VQVAEConfig                                                           # noqa: E402
 from test_var import check_wrong_flag, curve, same_weights, seeded, tiny_run                    # noqa: E402, F401
 
 
 def test_a_power_law_is_found_again_with_its_constant():
     x = np.geomspace(1e5, 1e8, 7)
     law = studies.fit_power_law(x, (2e-6 * x) ** -0.3)
-    assert law.alpha == pytest.approx(-0.3) and law.beta == pytest.approx(2e-6, rel=1e-6)
+    assert law.alpha == pytest.approx(-0.3) and 10 ** law.log10_beta == pytest.approx(2e-6, rel=1e-6)
     assert law.constant == 0 and law.correlation == pytest.approx(-1)
     assert law(1e9) == pytest.approx(2000 ** -0.3)
     with_constant = (2e-6 * x) ** -0.3 + 5
@@ -27,6 +29,9 @@ def test_a_power_law_is_found_again_with_its_constant():
     assert law.constant == pytest.approx(5, rel=0.02) and law.alpha == pytest.approx(-0.3, rel=0.1)
     assert law.correlation < studies.fit_power_law(x, with_constant).correlation
     assert law(1e9) == pytest.approx(5 + 2000 ** -0.3, rel=0.005)
+    for y in (x ** 0.3, np.ones(7)):
+        with pytest.raises(UserError, match='does not fall'):
+            studies.fit_power_law(x, y)
 
 
 def test_the_pareto_frontier_is_what_nothing_cheaper_beats():
@@ -76,14 +81,54 @@ def test_of_each_run_there_is_one_and_it_goes_on_where_it_was_stopped(tmp_path):
     shutil.copy(out / 'previous.pt', out / 'last.pt')                   # stopped at step 4
     (out / 'var-5.pt').unlink()
     studies.train(args, run)
+    with pytest.raises(UserError, match='holds a run with another --dtype, --seed; remove it'):
+        args.dtype = 'bfloat16'
+        studies.train(args, run._replace(flags='--depth 1 --seed 3'))
     assert same_weights(out / 'var-5.pt', done / 'var-5.pt', 'var')
     assert curve(out, 'var') == curve(done, 'var')
 
 
 def test_a_run_that_fails_stops_the_study_with_what_to_do(tmp_path):
     args = tiny_study(tmp_path)
-    with pytest.raises(UserError, match=r'bad: train.py ended with status 2; repeat .* --depth 0: must be'):
+    with pytest.raises(UserError, match=r'bad: train.py ended with status 2; repeat .*: error: --depth 0: must'):
         studies.train(args, studies.Run('bad', '--depth 0', 5))
+
+
+@pytest.mark.slow
+def test_a_tiny_study_runs_from_end_to_end(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(studies, 'JUDGED', 100)
+    monkeypatch.setattr(studies, 'PYRAMIDS', {8: (1, 2, 4, 8)})
+    monkeypatch.setattr(studies, 'SIZES', (1, 2))
+    monkeypatch.setattr(studies, 'LARGEST', 3)
+    monkeypatch.setattr(studies, 'SHEET', ((1, 2), (0.2, 1.0)))
+    flags = ['--preset', 'shapes', '--share', '0.01', '--out', str(tmp_path), '--quiet']
+    for study in ('scaling', 'predict', 'largest', 'equal-compute', 'ablation', 'sheet', 'speed'):
+        studies.main([study, *flags])
+    folder = tmp_path / 'shapes-0.01'
+    scaling, prediction, ablation, speed = (studies.read_csv(folder / f'{name}.csv') for name in (
+        'scaling-shapes', 'prediction-shapes', 'ablation-shapes', 'speed'))
+    runs = dict.fromkeys(row['run'] for row in scaling)
+    assert list(runs) == ['size-1', 'size-2', 'size-3', 'equal-1-0', 'equal-3-0', 'equal-5-0', 'norm-0', 'deep-0']
+    assert [row['depth'] for row in studies.at_the_end(scaling, (1, 2, 3))] == [1, 2, 3]
+    assert {row['parameters'] for row in prediction} == {studies.at_the_end(scaling, [3])[0]['parameters']}
+    assert [row['row'] for row in ablation] == [row[0] for row in studies.ROWS for _ in row[3]]
+    for row in ablation:
+        raster = row['row'].startswith('AR')
+        assert row['steps_an_image'] == (64 if raster else 4) and 0 <= row['recognised'] <= 1
+        assert row['floor'] < row['reconstructions'] < row['frechet']
+        assert (row['cfg'] in studies.GUIDANCE) == ('guid' in row['row'] or row['row'][:3] in ('+ a', 'twi'))
+    plain, guided = (next(row for row in ablation if row['row'] == title) for title in ('+ AdaLN', '+ guidance'))
+    _, var, _ = load(folder / 'adaln-0' / f"var-{plain['steps']:.0f}.pt")
+    flops = flops_of(VQVAEConfig(), var.config)
+    assert guided['sample_flops'] == flops['sample'] < 2 * plain['sample_flops']
+    assert plain['sample_flops'] == (flops['sample'] + flops['decode']) // 2
+    assert [row['steps'] for row in speed] == [64, 4]
+    assert Image.open(folder / 'images/size-by-training-shapes.png').size == (2 * (4 * 34 - 2), 2 * (4 * 34 - 2))
+    with pytest.raises(UserError, match='knows depth 3 already'):
+        studies.main(['predict', *flags])
+    shutil.rmtree(folder / 'size-1')                        # its rows stay when others are collected
+    studies.main(['equal-compute', *flags])
+    assert studies.read_csv(folder / 'scaling-shapes.csv') == scaling
 
 
 WRONG_FLAGS = """
@@ -91,8 +136,8 @@ WRONG_FLAGS = """
     studies.py scalin                               | study scalin; did you mean scaling?
     studies.py scaling --share 0                    | --share 0; above 0
     studies.py scaling --preset imagenet256         | --preset imagenet256; shapes
-    studies.py largest --share 0.5                  | prediction.csv: cannot be read; comes first
-    studies.py predict --share 0.5                  | scaling.csv: cannot be read; comes first
+    studies.py largest --share 0.5                  | prediction-cifar10-cpu.csv: cannot be read; comes first
+    studies.py predict --share 0.5                  | scaling-cifar10-cpu.csv: cannot be read; comes first
     studies.py predict                              | knows depth 7 already
     studies.py sheet --share 0.5                    | size-1/var-; no such file
     studies.py ablation --data-dir nowhere --quiet  | nowhere; no such folder
@@ -105,12 +150,12 @@ def test_a_wrong_flag_is_named(line, tiny_run, tmp_path, capsys, monkeypatch):  
 
 
 def test_the_prediction_is_what_the_six_smaller_sizes_say_and_comes_true_within_3_percent():
-    rows, found = studies.read_csv(HERE / 'scaling.csv'), studies.read_csv(HERE / 'prediction.csv')
+    rows, found = (studies.read_csv(HERE / f'{name}-cifar10-cpu.csv') for name in ('scaling', 'prediction'))
     ends, (largest,) = studies.at_the_end(rows, studies.SIZES), studies.at_the_end(rows, [studies.LARGEST])
     assert len(ends) == 6 and len(found) == 8 and largest['parameters'] > 1.5 * ends[-1]['parameters']
     for row in found:
         law = studies.fit_power_law(*([end[name] for end in ends] for name in ('parameters', row['measure'])),
-                                    with_constant=row['constant'] > 0)
+                                    row['with_constant'])
         assert row['predicted'] == pytest.approx(float(law(largest['parameters'])), rel=1e-4)
         assert row['predicted'] == pytest.approx(largest[row['measure']], rel=0.03)
 
