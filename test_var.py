@@ -826,7 +826,7 @@ def test_one_map_in_raster_order_is_trained_cached_kept_resumed_and_drawn(tmp_pa
     assert Image.open(tmp_path / 'a.png').size == (2 * (3 * 34 - 2), 2 * (1 * 34 - 2))
     (out / 'var-small.pt').write_bytes(b'')                                 # of the user's
     run('--overwrite --stage var --order raster --scales 8', out)
-    assert {path.name for path in out.glob('var*.pt')} == {'var.pt', 'var-small.pt'}    # none of the other run
+    assert {path.name for path in out.glob('var*.pt')} == {'var.pt', 'var-small.pt'}    # no others
     assert not (out / 'tokens.bin').exists()
     with pytest.raises(sample.UserError, match='--order scale: .* one map goes with --order raster'):
         train.main(['--stage', 'var', '--out', str(out), '--overwrite'])
@@ -1642,7 +1642,7 @@ WRONG_FLAGS = """
     train.py --scales 8                             | --scales (8,), order=scale; two or more; raster one
     train.py --order raster                         | --scales (1, 2, 4, 8), order=raster; one map alone
     train.py --order raster --stage vqvae           | --scales (1, 2, 4, 8), order=raster; one map alone
-    train.py --order raster --stage var --tokenizer CIFAR --scales 8    | --order raster; cifar10.pt has the; raster
+    train.py --order raster --stage var --tokenizer CIFAR --scales 8    | --order raster; cifar10.pt has the
     train.py --order raster --stage var --tokenizer CIFAR   | --order raster; (1, 2, 4, 8); a single map
     train.py --order snake                          | --order snake; raster
     train.py --no-adaln --shared-adaln              | --shared-adaln True; adaln=False

