@@ -1060,8 +1060,8 @@ def tokenizer_for_stage_2(args: argparse.Namespace, out: Path, saved: dict | Non
     says_scales = saved or 'scales' in args.given or 'scales' in PRESETS[args.preset]
     tokenizer = sample.load_tokenizer(path, args.scales if says_scales else None)
     is_single = len(tokenizer.config.scales) == 1
-    advice = ('one map goes with --order raster' if is_single else 'train one of a single map by --stage vqvae '
-              '--order raster --scales 8')
+    advice = ('one map goes with --order raster' if is_single else 'train one of a single map by --stage '
+              'vqvae --order raster --scales 8')
     check(is_single == (args.order == 'raster'), f'--order {args.order}: the tokenizer in {path} has the '
           f'scales {tokenizer.config.scales}; {advice}')
     for name, value in asdict(tokenizer.config).items():
