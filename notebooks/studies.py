@@ -309,7 +309,7 @@ def log_of(run: Run, args: argparse.Namespace) -> list[dict]:
 
 def scaling_runs(args: argparse.Namespace) -> list[Run]:
     """All runs that scaling.csv tells of: equal steps, and (two of them the ablation's) equal compute."""
-    equal = [at_equal_compute(args, f'equal-{depth}', f'--depth {depth}') for depth in (1, 3, 5)]
+    equal = [at_equal_compute(args, f'equal-{depth}', f'--depth {depth}') for depth in (1, 3)]
     named = [at_equal_compute(args, stem, flags) for _, stem, flags, *_ in ROWS if stem in ('norm', 'deep')]
     return [*(of_size(args, depth) for depth in (*SIZES, LARGEST)), *equal, *named]
 
