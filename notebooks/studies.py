@@ -17,6 +17,7 @@ import argparse
 import csv
 import io
 import math
+import os
 import shlex
 import shutil
 import subprocess
@@ -140,11 +141,12 @@ def call_train(args: argparse.Namespace, out: Path, flags: str):
 def train(args: argparse.Namespace, run: Run):
     """Trains what isn't yet; first the tokenizer, if it has to be."""
     out, order = folder_of(args, run.name), 'raster' if 'raster' in run.flags else 'scale'
-    tokenizer = TOKENIZERS.get((args.preset, order), folder_of(args, f'tokenizer-{order}') / 'vqvae.pt')
-    if (args.preset, order) not in TOKENIZERS:
-        scales = '--order raster --scales 8' if order == 'raster' else ''
-        call_train(args, Path(tokenizer).parent, f'--stage vqvae {scales} '
-                   f'--vqvae-steps {round(args.share * SETTINGS[args.preset][0])}')
+    tokenizer = TOKENIZERS.get((args.preset, order))
+    if tokenizer is None:
+        scales, folder = '--order raster --scales 8' * (order == 'raster'), folder_of(args, f'tokenizer-{order}')
+        steps = max(5, round(args.share * SETTINGS[args.preset][0]))
+        call_train(args, folder, f'--stage vqvae {scales} --vqvae-steps {steps}')
+        tokenizer = os.path.relpath(folder / 'vqvae.pt', HERE.parent)
     tokens = folder_of(args, f'tokens-{order}-{args.dtype}')    # written once for all runs
     if tokens.is_dir() and not out.exists():
         shutil.rmtree(copy := out.with_name(f'{out.name}.tmp'), ignore_errors=True)
