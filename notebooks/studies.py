@@ -143,7 +143,8 @@ def train(args: argparse.Namespace, run: Run):
     out, order = folder_of(args, run.name), 'raster' if 'raster' in run.flags else 'scale'
     tokenizer = TOKENIZERS.get((args.preset, order))
     if tokenizer is None:
-        scales, folder = '--order raster --scales 8' * (order == 'raster'), folder_of(args, f'tokenizer-{order}')
+        folder = folder_of(args, f'tokenizer-{order}')
+        scales = '--order raster --scales 8' if order == 'raster' else ''
         steps = max(5, round(args.share * SETTINGS[args.preset][0]))
         call_train(args, folder, f'--stage vqvae {scales} --vqvae-steps {steps}')
         tokenizer = os.path.relpath(folder / 'vqvae.pt', HERE.parent)
@@ -310,8 +311,8 @@ def log_of(run: Run, args: argparse.Namespace) -> list[dict]:
 
 
 def scaling_runs(args: argparse.Namespace) -> list[Run]:
-    """All runs that scaling.csv tells of: equal steps, and (two of them the ablation's) equal compute."""
-    equal = [at_equal_compute(args, f'equal-{depth}', f'--depth {depth}') for depth in (1, 3)]
+    """All runs that scaling-*.csv tells of: of equal steps, and, two of them the ablation's, of equal compute."""
+    equal = [at_equal_compute(args, 'shallow', '--depth 1')]
     named = [at_equal_compute(args, stem, flags) for _, stem, flags, *_ in ROWS if stem in ('norm', 'deep')]
     return [*(of_size(args, depth) for depth in (*SIZES, LARGEST)), *equal, *named]
 

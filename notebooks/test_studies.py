@@ -108,7 +108,7 @@ def test_a_tiny_study_runs_from_end_to_end(tmp_path, monkeypatch, capsys):
     scaling, prediction, ablation, speed = (studies.read_csv(folder / f'{name}.csv') for name in (
         'scaling-shapes', 'prediction-shapes', 'ablation-shapes', 'speed'))
     assert list(dict.fromkeys(row['run'] for row in scaling)) == [
-        'size-1', 'size-2', 'size-3', 'equal-1-0', 'equal-3-0', 'norm-0', 'deep-0']
+        'size-1', 'size-2', 'size-3', 'shallow-0', 'norm-0', 'deep-0']
     assert [row['depth'] for row in studies.at_the_end(scaling, (1, 2, 3))] == [1, 2, 3]
     assert {row['parameters'] for row in prediction} == {studies.at_the_end(scaling, [3])[0]['parameters']}
     assert [row['row'] for row in ablation] == [row[0] for row in studies.ROWS for _ in row[3]]
