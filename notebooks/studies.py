@@ -311,10 +311,11 @@ def log_of(run: Run, args: argparse.Namespace) -> list[dict]:
 
 
 def scaling_runs(args: argparse.Namespace) -> list[Run]:
-    """All runs that scaling-*.csv tells of: of equal steps, and, two of them the ablation's, of equal compute."""
-    equal = [at_equal_compute(args, 'shallow', '--depth 1')]
-    named = [at_equal_compute(args, stem, flags) for _, stem, flags, *_ in ROWS if stem in ('norm', 'deep')]
-    return [*(of_size(args, depth) for depth in (*SIZES, LARGEST)), *equal, *named]
+    """All runs that scaling-*.csv tells of: of equal steps; of equal compute, two of them the ablation's."""
+    rows = {stem: flags for _, stem, flags, *_ in ROWS}
+    equal = [('shallow', '--depth 1'), ('norm', rows['norm']), ('deep', rows['deep'])]
+    return [*(of_size(args, depth) for depth in (*SIZES, LARGEST)),
+            *(at_equal_compute(args, *named) for named in equal)]
 
 
 def collect(args: argparse.Namespace):
