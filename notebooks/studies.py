@@ -5,7 +5,6 @@
     python notebooks/studies.py scaling --data-dir DIR          # -> scaling-cifar10-cpu.csv, of six sizes
     python notebooks/studies.py predict                         # -> prediction-cifar10-cpu.csv, of a seventh
     python notebooks/studies.py largest --data-dir DIR          # ... which is trained only now
-    python notebooks/studies.py equal-compute --data-dir DIR    # sizes at the ablation's compute
     python notebooks/studies.py sheet                           # -> images/size-by-training-cifar10-cpu.png
     python notebooks/studies.py speed                           # -> speed.csv: sampling, AR and VAR
 
@@ -51,6 +50,7 @@ AR, VAR_PLAIN = '--order raster --scales 8 --no-adaln --no-unit-norm', '--no-ada
 ROWS = [                            # name, what its runs are called, their flags, seeds, how it is sampled
     ('AR', 'ar', AR, (0, 1), ()),
     ('AR, top-k and guidance', 'ar', AR, (0, 1), ('top_k', 'cfg')),
+    ('AR with all of the below', 'ar-all', '--order raster --scales 8', (0,), ('top_k', 'cfg')),
     ('VAR', 'var', VAR_PLAIN, (0, 1), ()),
     ('VAR, top-k and guidance', 'var', VAR_PLAIN, (0, 1), ('top_k', 'cfg')),
     ('+ AdaLN', 'adaln', '--no-unit-norm', (0,), ()),
@@ -181,10 +181,12 @@ def write_csv(path: Path, rows: list[dict]):
 def read_csv(path: Path) -> list[dict]:
     """Rows of a CSV, numbers as numbers."""
     def value(text: str):
-        try:
-            return float(text)
-        except ValueError:
-            return text
+        for kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                pass
+        return text
     try:
         rows = csv.DictReader(path.read_text().splitlines())
         return [{name: value(text) for name, text in row.items()} for row in rows]
@@ -202,27 +204,38 @@ class Images(NamedTuple):
 
 
 def ablation(args: argparse.Namespace):
-    """Trains all rows at equal compute, draws from each, and asks the judge."""
+    """Trains all rows at equal compute, draws from each, and asks the judge; not again for rows that are
+    there, which the CSV would have to lose first."""
     runs = {(stem, seed): at_equal_compute(args, stem, flags, seed)
             for _, stem, flags, seeds, _ in ROWS for seed in seeds}
     for run in runs.values():
         train(args, run)
-    name = args.preset.removesuffix('-cpu')
+    name, path = args.preset.removesuffix('-cpu'), result(args, f'ablation-{args.preset}.csv')
     real_images, real_labels, test_images, _ = read_images(name, args.data_dir or str(HERE.parent / 'data'))
     judge = load_judge(name, real_images, real_labels, HERE.parent / f'out/judge-{name}.pt')
     real_images = real_images[:JUDGED]
     images = Images(judge, judge.features(test_images[:JUDGED]), judge.features(real_images))
-    rows, ceilings = [], {}
+    before, rows, ceilings = read_csv(path) if path.exists() else [], [], {}
     for title, stem, _, seeds, settings in ROWS:
         for seed in seeds:
             run = runs[stem, seed]
             tokenizer, var, _ = load(folder_of(args, run.name) / f'var-{run.steps}.pt')
+            key = dict(row=title, seed=seed) | measure_run(args, run, var)
+            if known := [row for row in before if same(row, key)]:
+                rows.append(known[0])
+                continue
             if var.config.order not in ceilings:                        # no sample is better than these
                 ceilings[var.config.order] = measure_tokenizer(tokenizer, real_images, images)
-            rows.append(dict(row=title, seed=seed) | measure_run(args, run, var) |
-                        measure_samples(args, tokenizer, var, settings, images) | ceilings[var.config.order])
+            rows.append(key | measure_samples(args, tokenizer, var, settings, images) |
+                        ceilings[var.config.order])
             print(rows[-1], flush=True)
-    write_csv(result(args, f'ablation-{args.preset}.csv'), rows)
+    write_csv(path, rows)
+
+
+def same(row: dict, key: dict) -> bool:
+    """Whether a row that was read says what key says."""
+    return all(row[name] == value if isinstance(value, str) else math.isclose(row[name], value, rel_tol=1e-5)
+               for name, value in key.items())
 
 
 def measure_run(args: argparse.Namespace, run: Run, var: VAR) -> dict:
@@ -311,11 +324,10 @@ def log_of(run: Run, args: argparse.Namespace) -> list[dict]:
 
 
 def scaling_runs(args: argparse.Namespace) -> list[Run]:
-    """All runs that scaling-*.csv tells of: of equal steps; of equal compute, two of them the ablation's."""
+    """All runs that scaling-*.csv tells of: of equal steps, and two of the ablation, of equal compute."""
     rows = {stem: flags for _, stem, flags, *_ in ROWS}
-    equal = [('shallow', '--depth 1'), ('norm', rows['norm']), ('deep', rows['deep'])]
     return [*(of_size(args, depth) for depth in (*SIZES, LARGEST)),
-            *(at_equal_compute(args, *named) for named in equal)]
+            *(at_equal_compute(args, stem, rows[stem]) for stem in ('norm', 'deep'))]
 
 
 def collect(args: argparse.Namespace):
@@ -363,12 +375,6 @@ def largest(args: argparse.Namespace):
     collect(args)
 
 
-def equal_compute(args: argparse.Namespace):
-    for run in scaling_runs(args)[len(SIZES) + 1:]:
-        train(args, run)
-    collect(args)
-
-
 # ------------------------------------------------------------------------------------------ images and speed
 def sheet(args: argparse.Namespace):
     """Sizes in columns, shares of training in rows: four images in each, of the same seed and labels."""
@@ -408,7 +414,7 @@ def speed(args: argparse.Namespace):
 
 
 STUDIES = {study.__name__.replace('_', '-'): study
-           for study in (ablation, scaling, predict, largest, equal_compute, sheet, speed)}
+           for study in (ablation, scaling, predict, largest, sheet, speed)}
 
 
 def main(argv: list[str]):

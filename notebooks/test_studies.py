@@ -102,13 +102,13 @@ def test_a_tiny_study_runs_from_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(studies, 'LARGEST', 3)
     monkeypatch.setattr(studies, 'SHEET', ((1, 2), (0.2, 1.0)))
     flags = ['--preset', 'shapes', '--share', '0.01', '--out', str(tmp_path), '--quiet']
-    for study in ('scaling', 'predict', 'largest', 'equal-compute', 'ablation', 'sheet', 'speed'):
+    for study in ('scaling', 'predict', 'ablation', 'largest', 'sheet', 'speed'):
         studies.main([study, *flags])
     folder = tmp_path / 'shapes-0.01'
     scaling, prediction, ablation, speed = (studies.read_csv(folder / f'{name}.csv') for name in (
         'scaling-shapes', 'prediction-shapes', 'ablation-shapes', 'speed'))
     assert list(dict.fromkeys(row['run'] for row in scaling)) == [
-        'size-1', 'size-2', 'size-3', 'shallow-0', 'norm-0', 'deep-0']
+        'size-1', 'size-2', 'size-3', 'norm-0', 'deep-0']
     assert [row['depth'] for row in studies.at_the_end(scaling, (1, 2, 3))] == [1, 2, 3]
     assert {row['parameters'] for row in prediction} == {studies.at_the_end(scaling, [3])[0]['parameters']}
     assert [row['row'] for row in ablation] == [row[0] for row in studies.ROWS for _ in row[3]]
@@ -127,8 +127,14 @@ def test_a_tiny_study_runs_from_end_to_end(tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match='knows depth 3 already'):
         studies.main(['predict', *flags])
     shutil.rmtree(folder / 'size-1')                        # its rows stay when others are collected
-    studies.main(['equal-compute', *flags])
+    studies.main(['largest', *flags])
     assert studies.read_csv(folder / 'scaling-shapes.csv') == scaling
+    lines = (folder / 'ablation-shapes.csv').read_text().splitlines()
+    (folder / 'ablation-shapes.csv').write_text('\n'.join([*lines[:5], *lines[6:]]))
+    studies.main(['ablation', *flags])                      # the lost row is measured, the others stay
+    found = studies.read_csv(folder / 'ablation-shapes.csv')
+    for old, new in zip(ablation, found, strict=True):
+        assert {**old, 'seconds_an_image': 0} == {**new, 'seconds_an_image': 0}
 
 
 WRONG_FLAGS = """
