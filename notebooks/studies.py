@@ -15,6 +15,7 @@ bfloat16, on a CPU that is fast at it, those of shapes of float32.
 import argparse
 import csv
 import io
+import itertools
 import math
 import os
 import shlex
@@ -395,21 +396,20 @@ def sheet(args: argparse.Namespace):
 
 
 def speed(args: argparse.Namespace):
-    """Seconds of drawing 50 images with random weights of depth 2, in one batch, guided; medians of five
-    rounds, by turns."""
+    """Seconds of drawing with random weights of depth 2, guided: one image, and fifty in a batch. Medians of
+    five rounds, by turns."""
     rows, runs = [], []
-    for side, scales in PYRAMIDS.items():
-        for order, sides in dict(raster=(side,), scale=scales).items():
-            tokenizer = VQVAE(VQVAEConfig(image_size=4 * side, vocab_size=1024, scales=sides))
-            var = VAR(VARConfig(2, 10, 1024, 16, sides, order=order))
-            runs.append(partial(draw, tokenizer, var, [*range(10)] * 5, 0, 50, args.dtype, cfg=4.0, top_k=0,
-                                top_p=0.8))
-            rows.append(dict(side=side, order=order, dtype=args.dtype, tokens=sum(var.config.lengths),
-                             steps=len(var.config.lengths),
-                             sample_flops=flops_of(tokenizer.config, var.config)['sample']))
+    for side, order, batch in itertools.product(PYRAMIDS, ('raster', 'scale'), (1, 50)):
+        scales = PYRAMIDS[side] if order == 'scale' else (side,)
+        tokenizer = VQVAE(VQVAEConfig(image_size=4 * side, vocab_size=1024, scales=scales))
+        var = VAR(VARConfig(2, 10, 1024, 16, scales, order=order))
+        labels, lengths = [i % 10 for i in range(batch)], var.config.lengths
+        runs.append(partial(draw, tokenizer, var, labels, 0, batch, args.dtype, cfg=4.0, top_k=0, top_p=0.8))
+        rows.append(dict(side=side, order=order, batch=batch, dtype=args.dtype, tokens=sum(lengths),
+                         steps=len(lengths), sample_flops=flops_of(tokenizer.config, var.config)['sample']))
     rounds = [[seconds_of(lambda: [*run()], torch.device('cpu'), runs=1) for run in runs] for _ in range(5)]
     for row, seconds in zip(rows, zip(*rounds)):
-        row['seconds_an_image'] = float(np.median(seconds)) / 50
+        row['seconds_an_image'] = float(np.median(seconds)) / row['batch']
     write_csv(result(args, 'speed.csv'), rows)
 
 

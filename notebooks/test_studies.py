@@ -122,7 +122,7 @@ def test_a_tiny_study_runs_from_end_to_end(tmp_path, monkeypatch, capsys):
     flops = flops_of(VQVAEConfig(), var.config)
     assert guided['sample_flops'] == flops['sample'] < 2 * plain['sample_flops']
     assert plain['sample_flops'] == (flops['sample'] + flops['decode']) // 2
-    assert [row['steps'] for row in speed] == [64, 4]
+    assert [(row['steps'], row['batch']) for row in speed] == [(64, 1), (64, 50), (4, 1), (4, 50)]
     assert Image.open(folder / 'images/size-by-training-shapes.png').size == 2 * (2 * (4 * 34 - 2),)
     with pytest.raises(UserError, match='knows depth 3 already'):
         studies.main(['predict', *flags])
