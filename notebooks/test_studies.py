@@ -14,7 +14,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 import studies                                                                          # noqa: E402
 from sample import UserError, flops_of, load                                            # noqa: E402
 from vqvae import VQVAEConfig                                                           # noqa: E402
-from test_var import check_wrong_flag, curve, same_weights, seeded, tiny_run                    # noqa: E402, F401
+from test_var import check_wrong_flag, curve, same_weights, seeded, tiny_run     # noqa: E402, F401
 
 
 def test_a_power_law_is_found_again_with_its_constant():
