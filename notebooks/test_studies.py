@@ -81,9 +81,11 @@ def test_of_each_run_there_is_one_and_it_goes_on_where_it_was_stopped(tmp_path):
     shutil.copy(out / 'previous.pt', out / 'last.pt')                   # stopped at step 4
     (out / 'var-5.pt').unlink()
     studies.train(args, run)
-    with pytest.raises(UserError, match='holds a run with another --dtype, --seed; remove it'):
-        args.dtype = 'bfloat16'
-        studies.train(args, run._replace(flags='--depth 1 --seed 3'))
+    with pytest.raises(UserError, match='size-1: holds a run with another --depth, --seed; remove it'):
+        studies.train(args, run._replace(flags='--depth 2 --seed 3'))
+    args.dtype = 'bfloat16'
+    with pytest.raises(UserError, match='tokenizer-scale: holds a run with another --dtype; remove it'):
+        studies.train(args, run)
     assert same_weights(out / 'var-5.pt', done / 'var-5.pt', 'var')
     assert curve(out, 'var') == curve(done, 'var')
 
