@@ -828,6 +828,9 @@ def test_one_map_in_raster_order_is_trained_cached_kept_resumed_and_drawn(tmp_pa
     run('--overwrite --stage var --order raster --scales 8', out)
     assert {path.name for path in out.glob('var*.pt')} == {'var.pt', 'var-small.pt'}    # no others
     assert not (out / 'tokens.bin').exists()
+    # its scales go without saying
+    own = f'--stage var --order raster --tokenizer {plain}/vqvae.pt --depth 1 --var-steps 1 --train-count 16 '
+    train.main((own + f'--val-count 4 --device cpu --out {tmp_path}/own').split())
     with pytest.raises(sample.UserError, match='--order scale: .* one map goes with --order raster'):
         train.main(['--stage', 'var', '--out', str(out), '--overwrite'])
 
