@@ -1,5 +1,5 @@
-"""studies.py: its fits find known laws, its runs are equal where they should be and go on after a stop, a
-tiny study runs from end to end, and the committed prediction follows from the committed losses."""
+"""studies.py: its fits find known laws, its runs are equal where they should be and go on after a stop,
+and the committed prediction follows from the committed losses."""
 import shutil
 import sys
 from pathlib import Path
@@ -7,14 +7,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-import judge                                                                            # noqa: E402
 import studies                                                                          # noqa: E402
 from sample import UserError, flops_of, load                                            # noqa: E402
-from vqvae import VQVAEConfig                                                           # noqa: E402
 from test_var import check_wrong_flag, curve, same_weights, seeded, tiny_run     # noqa: E402, F401
 
 
@@ -95,59 +92,6 @@ def test_a_run_that_fails_stops_the_study_with_what_to_do(tmp_path):
     args = tiny_study(tmp_path)
     with pytest.raises(UserError, match=r'bad: train.py ended with status 2; .*: error: --depth 0: must'):
         studies.train(args, studies.Run('bad', '--depth 0', 5))
-
-
-@pytest.mark.slow
-def test_a_tiny_study_runs_from_end_to_end(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(studies, 'JUDGED', 100)
-    monkeypatch.setattr(studies, 'PYRAMIDS', {4: (1, 2, 4)})
-    untrained = judge.Judge((16, 32, 64), False).eval()             # training it would take a minute
-    monkeypatch.setattr(studies, 'load_judge', lambda *args: untrained)
-    rows = [row for row in studies.ROWS if row[1] != 'var'][1:]         # fewer, and a seed each
-    rows = [(*row[:3], (0,), row[4]) for row in rows]
-    monkeypatch.setattr(studies, 'ROWS', rows)
-    monkeypatch.setattr(studies, 'SIZES', (1, 2))
-    monkeypatch.setattr(studies, 'LARGEST', 3)
-    monkeypatch.setattr(studies, 'SHEET', ((1, 2), (0.2, 1.0)))
-    flags = ['--preset', 'shapes', '--share', '0.01', '--out', str(tmp_path), '--quiet']
-    folder = tmp_path / 'shapes-0.01'
-    studies.main(['scaling', *flags])
-    rows = [row | {name: row[name] / row['depth'] for name in studies.MEASURES}     # as if size had helped
-            for row in studies.read_csv(folder / 'scaling-shapes.csv')]
-    studies.write_csv(folder / 'scaling-shapes.csv', rows)
-    for study in ('predict', 'ablation', 'largest', 'sheet', 'speed'):
-        studies.main([study, *flags])
-    scaling, prediction, ablation, speed = (studies.read_csv(folder / f'{name}.csv') for name in (
-        'scaling-shapes', 'prediction-shapes', 'ablation-shapes', 'speed'))
-    assert list(dict.fromkeys(row['run'] for row in scaling)) == [
-        'size-1', 'size-2', 'size-3', 'norm-0', 'deep-0']
-    assert [row['depth'] for row in studies.at_the_end(scaling, (1, 2, 3))] == [1, 2, 3]
-    assert {row['parameters'] for row in prediction} == {studies.at_the_end(scaling, [3])[0]['parameters']}
-    assert [row['row'] for row in ablation] == [row[0] for row in studies.ROWS for _ in row[3]]
-    guided_rows = [row[0] for row in studies.ROWS if 'cfg' in row[4]]
-    for row in ablation:
-        raster = row['row'].startswith('AR')
-        assert row['steps_an_image'] == (64 if raster else 4) and 0 <= row['recognised'] <= 1
-        assert 0 < row['floor'] and 0 < row['reconstructions'] and 0 < row['frechet']
-        assert (row['cfg'] in studies.GUIDANCE) == (row['row'] in guided_rows)
-    plain, _, guided = (row for row in ablation if row['row'] in ('+ AdaLN', '+ top-k', '+ guidance'))
-    _, var, _ = load(folder / 'adaln-0' / f"var-{plain['steps']:.0f}.pt")
-    flops = flops_of(VQVAEConfig(), var.config)
-    assert guided['sample_flops'] == flops['sample'] < 2 * plain['sample_flops']
-    assert plain['sample_flops'] == (flops['sample'] + flops['decode']) // 2
-    assert [(row['steps'], row['batch']) for row in speed] == [(16, 1), (16, 50), (3, 1), (3, 50)]
-    assert Image.open(folder / 'images/size-by-training-shapes.png').size == 2 * (2 * (4 * 34 - 2),)
-    with pytest.raises(UserError, match='knows depth 3 already'):
-        studies.main(['predict', *flags])
-    shutil.rmtree(folder / 'size-1')                        # its rows stay when others are collected
-    studies.main(['largest', *flags])
-    assert studies.read_csv(folder / 'scaling-shapes.csv') == scaling
-    lines = (folder / 'ablation-shapes.csv').read_text().splitlines()
-    (folder / 'ablation-shapes.csv').write_text('\n'.join([*lines[:5], *lines[6:]]))
-    studies.main(['ablation', *flags])                      # the lost row is measured, the others stay
-    found = studies.read_csv(folder / 'ablation-shapes.csv')
-    for old, new in zip(ablation, found, strict=True):
-        assert {**old, 'seconds_an_image': 0} == {**new, 'seconds_an_image': 0}
 
 
 WRONG_FLAGS = """
