@@ -690,7 +690,7 @@ def check_compiler(device: torch.device):
 
 def flops_of(tokenizer_config: VQVAEConfig, var_config: VARConfig) -> dict[str, int]:
     """FLOPs of one image, a multiplication and an addition being two: 'encode', 'decode', 'train' (the
-    transformer forwards and backwards, on tokens) and 'sample' (guided, decoding included)."""
+    transformer forwards and backwards, on tokens), 'sample' (guided, decoding included) and 'unguided'."""
     D, V, C, lengths = var_config.width, var_config.vocab_size, var_config.z_channels, var_config.lengths
     L, depth, projections = sum(lengths), var_config.depth, 1 if var_config.shared_adaln else var_config.depth
     adaln = (12 * projections + 4) * D * D if var_config.adaln else 0
@@ -705,8 +705,9 @@ def flops_of(tokenizer_config: VQVAEConfig, var_config: VARConfig) -> dict[str, 
             f = tokenizer.features(torch.empty(1, 3, S, S))
         with FlopCounterMode(display=False) as decoder:
             tokenizer.decode_f_hat(f)
-    return dict(encode=encoder.get_total_flops(), decode=decoder.get_total_flops(),
-                train=3 * (forward + words), sample=2 * drawn + words + decoder.get_total_flops())
+    decode = decoder.get_total_flops()
+    return dict(encode=encoder.get_total_flops(), decode=decode, train=3 * (forward + words),
+                sample=2 * drawn + words + decode, unguided=drawn + words // 2 + decode)
 
 
 def seconds_of(run, device: torch.device, runs: int = 7) -> float:
@@ -743,8 +744,7 @@ def bench(what: str, run, device: torch.device, unit: str, count: int, flops: fl
 def bench_sampling(tokenizer: VQVAE, var: VAR, count: int, dtype: str, how: dict, **said):
     """Times `draw` of so many images in one batch."""
     device, labels = var.position.device, [i % var.config.num_classes for i in range(count)]
-    flops = flops_of(tokenizer.config, var.config)
-    flops = count * (flops['sample'] if how['cfg'] else (flops['sample'] + flops['decode']) / 2)
+    flops = count * flops_of(tokenizer.config, var.config)['sample' if how['cfg'] else 'unguided']
     bench('sample', lambda: [*draw(tokenizer, var, labels, 0, count, dtype, **how)], device, 'images', count,
           flops, dtype=choose_dtype(device, dtype), batch=count, depth=var.config.depth, **how, **said)
 

@@ -706,10 +706,11 @@ def train_transformer(run: SimpleNamespace, var: VAR, tokenizer: VQVAE):
             stage.report(row)
             is_best = row['loss'] < lowest_loss.item() or not path.exists()
             lowest_loss.fill_(min(lowest_loss.item(), row['loss']))
-            kept = [path] * is_best + [run.out / f'var-{stage.step}.pt'] * args.keep_models
-            for path_kept in kept if rank() == 0 else ():
-                sample.save_model(path_kept, tokenizer, var, run.data.class_names, sampling)
+            model = tokenizer, var, run.data.class_names, sampling
+            if rank() == 0 and args.keep_models:
+                sample.save_model(run.out / f'var-{stage.step}.pt', *model)
             if rank() == 0 and is_best:
+                sample.save_model(path, *model)
                 show_samples(run, tokenizer, var, sampling)
             elif not is_best:
                 say('not its lowest loss, so var.pt stays that of an earlier step')
@@ -781,6 +782,15 @@ def learning_rate(done: float, last: float) -> float:
     if done < 1 / 50:
         return 0.005 + 0.995 * done * 50
     return 1 - (1 - last) * max(0.0, (done - 1 / 50) / (1 - 1 / 50) - 0.05) / 0.95
+
+
+def save_csv(path: Path, rows: list[dict]):
+    """Whole or not at all; a column for each name that any row has."""
+    text = io.StringIO(newline='')
+    writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row))
+    writer.writeheader()
+    writer.writerows(rows)
+    sample.save_file(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float, but=()) -> list[dict]:
@@ -979,12 +989,7 @@ class Stage:
         """One more line; and the CSV, which is written from all lines, whole or not at all."""
         self.log.append(dict(step=self.step, split=split) | {name: f'{row[name]:.7g}' for name in row})
         if rank() == 0:
-            text = io.StringIO(newline='')
-            writer = csv.DictWriter(text, dict.fromkeys(name for line in self.log for name in line))
-            writer.writeheader()
-            writer.writerows(self.log)
-            path = self.run.out / f'{self.name}.csv'
-            sample.save_file(path, lambda file: file.write(text.getvalue().encode()))
+            save_csv(self.run.out / f'{self.name}.csv', self.log)
 
     def save(self):
         """last.pt: all that it takes to go on. The first one lets go of the run that it replaces."""

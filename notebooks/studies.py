@@ -14,7 +14,6 @@ bfloat16, on a CPU that is fast at it, those of shapes of float32.
 """
 import argparse
 import csv
-import io
 import itertools
 import math
 import os
@@ -36,9 +35,9 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from judge import Judge, frechet_distance, load_judge, read_images                      # noqa: E402
 from measure import psnr                                                                # noqa: E402
 from sample import (POSITIVE, Parser, UserError, check, choose_device, draw, flag,      # noqa: E402
-                    flops_of, grid, load, prepare_folder, run_command, save_file, save_image, seconds_of,
+                    flops_of, grid, load, prepare_folder, run_command, save_image, seconds_of,
                     to_uint8)
-from train import MAY_CHANGE, make, parse, read_resume, to_float                        # noqa: E402
+from train import MAY_CHANGE, make, parse, read_resume, save_csv, to_float              # noqa: E402
 from var import VAR, VARConfig                                                          # noqa: E402
 from vqvae import VQVAE, VQVAEConfig                                                    # noqa: E402
 
@@ -63,8 +62,6 @@ SIZES, LARGEST, STEPS = (1, 2, 3, 4, 5, 6), 7, 320                          # de
 MEASURES = ('loss', 'loss_8x8', 'error', 'error_8x8')                       # of all scales, of the last
 JUDGED = 2000                       # samples of a row
 SHEET = (1, 3, 6), (0.2, 0.6, 1.0)                                          # columns, and shares of training
-
-
 PYRAMIDS = {8: (1, 2, 4, 8), 16: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)}        # whose speed is measured
 
 
@@ -170,12 +167,8 @@ def validations(out: Path) -> list[dict]:
 
 def write_csv(path: Path, rows: list[dict]):
     prepare_folder(path.parent, '--out')
-    text = io.StringIO(newline='')
-    writer = csv.DictWriter(text, rows[0])
-    writer.writeheader()
-    writer.writerows({name: f'{value:.6g}' if isinstance(value, float) else value
-                      for name, value in row.items()} for row in rows)
-    save_file(path, lambda file: file.write(text.getvalue().encode()))
+    save_csv(path, [{name: f'{value:.6g}' if isinstance(value, float) else value
+                     for name, value in row.items()} for row in rows])
     print(f'{path}: {len(rows)} rows')
 
 
@@ -248,7 +241,7 @@ def measure_run(args: argparse.Namespace, run: Run, var: VAR) -> dict:
 
 def measure_samples(args: argparse.Namespace, tokenizer: VQVAE, var: VAR, settings, images: Images) -> dict:
     """JUDGED samples. Of several strengths of guidance, those that are nearest to training images."""
-    labels, found = [i % 10 for i in range(JUDGED)], []
+    labels, found, flops = [i % 10 for i in range(JUDGED)], [], flops_of(tokenizer.config, var.config)
     top_k = SETTINGS[args.preset][2] if 'top_k' in settings else 0
     for cfg in GUIDANCE if 'cfg' in settings else (0.0,):
         how, began = dict(cfg=cfg, top_k=top_k, top_p=0.0), time.perf_counter()
@@ -256,12 +249,11 @@ def measure_samples(args: argparse.Namespace, tokenizer: VQVAE, var: VAR, settin
         made = torch.cat([to_uint8(part) for part, _ in batches])
         seconds, features = (time.perf_counter() - began) / JUDGED, images.judge.features(made)
         recognised = images.judge.recognised(features, torch.tensor(labels)).mean().item()
-        flops = flops_of(tokenizer.config, var.config)
         found.append(how | dict(
             recognised=recognised, frechet=frechet_distance(features, images.test),
             frechet_training=frechet_distance(features, images.training), seconds_an_image=seconds,
             steps_an_image=len(var.config.lengths),
-            sample_flops=flops['sample'] if cfg else (flops['sample'] + flops['decode']) // 2))
+            sample_flops=flops['sample' if cfg else 'unguided']))
     return min(found, key=lambda row: row['frechet_training'])
 
 
@@ -316,12 +308,16 @@ def pareto_frontier(costs, losses) -> list[int]:
 def log_of(run: Run, args: argparse.Namespace) -> list[dict]:
     """A row for each validation of a run that is there."""
     out, configs = folder_of(args, run.name), settings_of(args.preset, run.flags)
-    batch = batch_size(args)
-    return [dict(run=run.name, depth=configs[1].depth, parameters=parameters_of(configs[1]),
-                 dtype=args.dtype, step=int(row['step']), steps=run.steps, images=int(row['step']) * batch,
-                 train_flops=flops_of(*configs)['train'] * int(row['step']) * batch)
-            | {name: value for name, value in row.items() if name.startswith(('loss', 'error'))}
-            for row in (validations(out) if (out / 'var.csv').exists() else ())]
+    if not (out / 'var.csv').exists():
+        return []
+    known = dict(run=run.name, depth=configs[1].depth, parameters=parameters_of(configs[1]), dtype=args.dtype)
+    flops, batch, found = flops_of(*configs)['train'], batch_size(args), []
+    for row in validations(out):
+        step = int(row['step'])
+        measures = {name: value for name, value in row.items() if name.startswith(('loss', 'error'))}
+        found.append(known | dict(step=step, steps=run.steps, images=step * batch,
+                                  train_flops=flops * step * batch) | measures)
+    return found
 
 
 def scaling_runs(args: argparse.Namespace) -> list[Run]:
@@ -360,11 +356,10 @@ def predict(args: argparse.Namespace):
           '`studies.py scaling` comes first')
     check(not at_the_end(rows, [LARGEST]), f'scaling-{args.preset}.csv: knows depth {LARGEST} already; that '
           'would be no prediction')
-    found = []
+    found, parameters = [], parameters_of(config)
     for name in MEASURES:
         for with_constant in (0, 1):
             law = fit_power_law(*([row[key] for row in ends] for key in ('parameters', name)), with_constant)
-            parameters = parameters_of(config)
             found.append(dict(measure=name, with_constant=with_constant, depth=LARGEST, parameters=parameters,
                               **law._asdict(), predicted=float(law(parameters))))
     write_csv(result(args, f'prediction-{args.preset}.csv'), found)
@@ -413,8 +408,7 @@ def speed(args: argparse.Namespace):
     write_csv(result(args, 'speed.csv'), rows)
 
 
-STUDIES = {study.__name__.replace('_', '-'): study
-           for study in (ablation, scaling, predict, largest, sheet, speed)}
+STUDIES = {study.__name__: study for study in (ablation, scaling, predict, largest, sheet, speed)}
 
 
 def main(argv: list[str]):

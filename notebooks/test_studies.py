@@ -1,5 +1,5 @@
-"""studies.py: its fits find known laws, its runs are equal where they should be and go on after a stop,
-and the committed prediction follows from the committed losses."""
+"""studies.py: its fits find known laws, its runs are equal where they should be and go on after a
+stop, a tiny study runs from end to end, and the committed prediction follows from the committed losses."""
 import shutil
 import sys
 from pathlib import Path
@@ -7,11 +7,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
+import judge                                                                            # noqa: E402
 import studies                                                                          # noqa: E402
 from sample import UserError, flops_of, load                                            # noqa: E402
+from vqvae import VQVAEConfig                                                           # noqa: E402
 from test_var import check_wrong_flag, curve, same_weights, seeded, tiny_run     # noqa: E402, F401
 
 
@@ -92,6 +95,52 @@ def test_a_run_that_fails_stops_the_study_with_what_to_do(tmp_path):
     args = tiny_study(tmp_path)
     with pytest.raises(UserError, match=r'bad: train.py ended with status 2; .*: error: --depth 0: must'):
         studies.train(args, studies.Run('bad', '--depth 0', 5))
+
+
+@pytest.mark.slow
+def test_a_tiny_study_runs_from_end_to_end(tmp_path, monkeypatch):
+    untrained = judge.Judge((16, 32, 64), False).eval()                 # to train it would take a minute
+    rows = [('AR', 'ar', studies.AR, (0,), ()), ('guided', 'norm', '', (0,), ('top_k', 'cfg')),
+            ('plain', 'norm', '', (0,), ()), ('deep', 'deep', '--depth 1', (0,), ())]
+    for name, value in dict(ROWS=rows, SIZES=(1, 2), LARGEST=3, SHEET=((1, 2), (0.2, 1.0)), JUDGED=100,
+                            PYRAMIDS={4: (1, 2, 4)}, load_judge=lambda *args: untrained).items():
+        monkeypatch.setattr(studies, name, value)
+    flags = ['--preset', 'shapes', '--share', '0.006', '--out', str(tmp_path), '--quiet']
+    folder = tmp_path / 'shapes-0.006'
+    studies.main(['scaling', *flags])
+    found = [row | {name: row[name] / row['depth'] for name in studies.MEASURES}    # as if size had helped
+             for row in studies.read_csv(folder / 'scaling-shapes.csv')]
+    studies.write_csv(folder / 'scaling-shapes.csv', found)
+    for study in ('predict', 'ablation', 'largest', 'sheet', 'speed'):
+        studies.main([study, *flags])
+    scaling, prediction, ablation, speed = (studies.read_csv(folder / f'{name}.csv') for name in (
+        'scaling-shapes', 'prediction-shapes', 'ablation-shapes', 'speed'))
+    names = [*dict.fromkeys(row['run'] for row in scaling)]
+    assert names == ['size-1', 'size-2', 'size-3', 'norm-0', 'deep-0']
+    assert [row['depth'] for row in studies.at_the_end(scaling, (1, 2, 3))] == [1, 2, 3]
+    assert {row['parameters'] for row in prediction} == {studies.at_the_end(scaling, [3])[0]['parameters']}
+    assert [(row['row'], row['steps_an_image']) for row in ablation] == [
+        ('AR', 64), ('guided', 4), ('plain', 4), ('deep', 4)]
+    _, var, _ = load(folder / 'norm-0' / f"var-{ablation[1]['steps']}.pt")
+    flops = flops_of(VQVAEConfig(), var.config)
+    for row, is_guided in zip(ablation, (False, True, False, False)):
+        assert (row['cfg'] in studies.GUIDANCE) == is_guided and 0 <= row['recognised'] <= 1
+        assert min(row[name] for name in ('floor', 'reconstructions', 'frechet')) > 0
+    assert [row['sample_flops'] for row in ablation[1:3]] == [flops['sample'], flops['unguided']]
+    assert [(row['steps'], row['batch']) for row in speed] == [(16, 1), (16, 50), (3, 1), (3, 50)]
+    assert Image.open(folder / 'images/size-by-training-shapes.png').size == 2 * (2 * (4 * 34 - 2),)
+    with pytest.raises(UserError, match='knows depth 3 already'):
+        studies.main(['predict', *flags])
+    shutil.rmtree(folder / 'size-1')                        # its rows stay when others are collected,
+    studies.main(['largest', *flags])
+    assert studies.read_csv(folder / 'scaling-shapes.csv') == scaling
+    lines = (folder / 'ablation-shapes.csv').read_text().splitlines()
+    (folder / 'ablation-shapes.csv').write_text('\n'.join([*lines[:2], *lines[3:]]))
+    studies.main(['ablation', *flags])                      # and a lost row alone is measured again
+    again = studies.read_csv(folder / 'ablation-shapes.csv')
+    clock = 'seconds_an_image'
+    assert [row | {clock: 0} for row in again] == [row | {clock: 0} for row in ablation]
+    assert [a[clock] == b[clock] for a, b in zip(again, ablation)] == [True, False, True, True]
 
 
 WRONG_FLAGS = """
