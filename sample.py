@@ -21,6 +21,7 @@ else is needed to draw. Shapes stand in the names of tensors as in vqvae.py and 
 import argparse
 import ctypes
 import difflib
+import errno
 import functools
 import http.client
 import json
@@ -45,7 +46,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -61,6 +62,10 @@ class UserError(Exception):
 
 class TornError(UserError):
     """A checkpoint that is not whole."""
+
+
+class Stop(SystemExit):
+    """The end of a command before its work is done, in all processes alike."""
 
 
 def did_you_mean(word: str, known) -> str:
@@ -118,15 +123,46 @@ def keep_memory():
     mallopt(-1, -1)                                         # M_TRIM_THRESHOLD: never
 
 
+class Output:
+    """stdout or stderr. Work goes on where nobody listens any more (a closed terminal, a pipe whose reader is
+    gone), and what the terminal's encoding lacks is escaped."""
+
+    def __init__(self, stream):
+        self.stream = getattr(stream, 'stream', stream)
+        self.stream.reconfigure(errors='backslashreplace')
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def attempt(self, act, *given):
+        try:
+            return act(*given)
+        except OSError as error:
+            if error.errno not in (errno.EIO, errno.EPIPE):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+    def write(self, text: str):
+        return self.attempt(self.stream.write, text)
+
+    def flush(self):
+        self.attempt(self.stream.flush)
+
+
 def run_command(main):
     """Runs main(argv); what the user can mend becomes one line on stderr and exit status 2."""
+    sys.stdout, sys.stderr, status = Output(sys.stdout), Output(sys.stderr), 0
     try:
-        main(sys.argv[1:])
+        try:
+            main(sys.argv[1:])
+        except Stop as stop:
+            status = stop.code
+        leave(status)
     except (UserError, OSError, RuntimeError, MemoryError) as error:
         line = str(error) if isinstance(error, UserError) else one_line(error)
         if is_out_of_memory(error):
-            line = ('out of memory; take fewer images at once, by --batch-size or --micro-batch-size, or (in '
-                    f'training) --activation-checkpointing ({line})')
+            line = ('out of memory; take fewer images at once, by --batch-size, or in training (and beside '
+                    f'--resume) by --micro-batch-size or --activation-checkpointing ({line})')
         elif isinstance(error, RuntimeError):               # a bug, unless another process is gone
             if not ('TORCHELASTIC_RUN_ID' in os.environ and re.search('gloo|nccl', line, re.I)):
                 raise
@@ -202,7 +238,8 @@ def leave(status: int):
         dist.destroy_process_group()
         sys.stdout.flush()
         os._exit(status)
-    sys.exit(status)
+    if status:
+        sys.exit(status)
 
 
 @contextmanager
@@ -479,6 +516,13 @@ def grid(images: Tensor, columns: int) -> Image.Image:
     return Image.fromarray(sheet).resize((sheet.shape[1] * zoom, sheet.shape[0] * zoom), Image.NEAREST)
 
 
+# Pillow refuses what every viewer opens: 200 megapixels of a telephone, a PNG with over a megabyte of text. Here
+# 268 megapixels and 64 megabytes will do. And warnings of metadata that nobody looks at are left out.
+Image.MAX_IMAGE_PIXELS = 2 ** 27                            # refused where there are twice as many
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 26
+warnings.filterwarnings('ignore', module='PIL')
+
+
 def read_image(path: str | Path, size: int, random: np.random.Generator | None = None,
                shorter: int | None = None, ground: str = 'white') -> np.ndarray:
     """An image file as the released code crops it: uint8 (size, size, 3).
@@ -503,14 +547,30 @@ def read_image(path: str | Path, size: int, random: np.random.Generator | None =
 
 
 def as_seen(image: Image.Image, ground: str) -> Image.Image:
-    """In RGB, as a viewer shows it: turned upright, 16 bits a pixel cut to 8, on a ground if transparent."""
-    ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith('I'):
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
-    if image.mode in ('RGBA', 'LA', 'PA') or 'transparency' in image.info:
+    """In RGB, as a viewer shows it: turned upright, in 8 bits a channel, on a ground where transparent."""
+    image.load()
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception:                                       # metadata may be damaged in many ways
+        pass
+    if image.mode[0] in 'IF':
+        image = in_8_bits(image)
+    if image.has_transparency_data:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, ground), image)
     return image.convert('RGB')
+
+
+def in_8_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits a pixel or more. Files of 32 bits or of floating point don't say what is white: it is
+    the least of 1, 255 and 65535 that no pixel exceeds, or else the brightest pixel."""
+    pixels = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
+    is_16_bit = image.mode[:4] == 'I;16' or image.format in ('PNG', 'PPM')
+    white = 65535 if is_16_bit else next((w for w in (1, 255, 65535) if pixels.max() <= w), pixels.max())
+    grey = Image.fromarray(np.rint(255 * (pixels / white).clip(0, 1)).astype(np.uint8))
+    if 'transparency' in image.info:                        # the grey that is
+        grey.putalpha(Image.fromarray(255 * (pixels != image.info['transparency']).astype(np.uint8)))
+    return grey
 
 
 IMAGE_FORMATS = {'.png': 'PNG', '.jpg': 'JPEG'}
@@ -542,17 +602,14 @@ def save_npz(path: Path, images, labels: list[int], class_names: list[str]):
 def read_photograph(said: str, path: str, side: int, ground='white') -> tuple[Tensor, tuple[int, int]]:
     """The central square of an image of any kind, uint8 (3, side, side); the image's own (width, height)."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('error', Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) > 4
-                frames, found = getattr(image, 'n_frames', 1), image.size[::-1 if is_turned else 1]
-            pixels = read_image(path, side, shorter=side, ground=ground)
+        with Image.open(path) as image:
+            frames, size = getattr(image, 'n_frames', 1), as_seen(image, ground).size
+        pixels = read_image(path, side, shorter=side, ground=ground)
     except Exception as error:                              # Pillow fails in many ways
         raise UserError(f'{said}: cannot be read as an image ({one_line(error)})') from None
     if rank() == 0 and frames > 1:
         print(f'{path}: the first of its {frames} frames is taken')
-    return torch.tensor(pixels).permute(2, 0, 1).contiguous(), found
+    return torch.tensor(pixels).permute(2, 0, 1).contiguous(), size
 
 
 def find_region(args: argparse.Namespace, config: VQVAEConfig, photo_size: tuple[int, int]) -> Tensor:
@@ -661,7 +718,7 @@ def write_note(path: Path, made: dict):
 def differing(note: Path, made: dict) -> list[str]:
     """By which names a note says something else."""
     lines = {f'{name} {value}' for name, value in made.items()}
-    return sorted({line.split()[0] for line in lines ^ {*note.read_text().splitlines()}})
+    return sorted({line.split()[0] for line in lines ^ {*note.read_text('utf-8').splitlines()}})
 
 
 def fingerprint(tensors: list[Tensor]) -> int:
@@ -928,8 +985,6 @@ def main(argv: list[str]):
             save_sheets(args, torch.cat(shown), edit, len(classes), len(var.config.scales))
         for path in filter(None, (args.npz, args.png_dir, args.compare, args.out)):
             print(f'{path}: {len(labels)} images')
-    if dist.is_initialized():
-        leave(0)
 
 
 if __name__ == '__main__':

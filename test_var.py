@@ -715,7 +715,7 @@ def test_classes_come_from_the_folders_and_a_tenth_is_held_out(tmp_path, capsys)
     shutil.copytree(tmp_path / 'train/cat', tmp_path / 'val/owl')
     data = folder_data(tmp_path, '--val-count 7 --train-count 50')
     assert data.class_names == ['bird', 'cat', 'dog', 'owl'] and (data.count, data.val_count) == (50, 7)
-    assert '1 of the classes in val/ have no images' in capsys.readouterr().out
+    assert '1 of 4 classes have no images to train on (owl)' in capsys.readouterr().out
 
 
 def test_a_batch_of_a_folder_follows_from_its_step_alone(tmp_path):

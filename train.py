@@ -33,9 +33,9 @@ import sys
 import tempfile
 import time
 import typing
-from collections import deque
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,8 +50,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import sample
-from sample import (ANY_COUNT, COUNT, POSITIVE, SAMPLING, SHARE, STRENGTH, UserError, add_flag, all_sum,
-                    autocast, check, from_rank_0, leave, number, one_line, rank, rank_0_first,
+from sample import (ANY_COUNT, COUNT, POSITIVE, SAMPLING, SHARE, STRENGTH, Stop, UserError, add_flag, all_sum,
+                    autocast, check, from_rank_0, number, one_line, rank, rank_0_first,
                     start_processes, to_float, world_size)
 from var import VAR, VARConfig
 from vqvae import VQVAE, Classifier, Discriminator, VQVAEConfig
@@ -171,7 +171,12 @@ CIFAR10_FILES = [*(f'data_batch_{i}.bin' for i in range(1, 6)), 'test_batch.bin'
 CIFAR10_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
 
 
-def download_cifar10(folder: Path, url: str = CIFAR10_URL, md5: str = CIFAR10_MD5):
+def md5(content) -> str:
+    """To tell files apart; not for security, for which some machines refuse it."""
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def download_cifar10(folder: Path, url: str = CIFAR10_URL, expected: str = CIFAR10_MD5):
     """Downloads and unpacks the binary files to folder/cifar-10-batches-bin, all of them or none."""
     sample.prepare_folder(folder, '--data-dir')
     advice = 'try again, or unpack CIFAR-10 (binary version) yourself and name its folder with --data-dir'
@@ -180,8 +185,9 @@ def download_cifar10(folder: Path, url: str = CIFAR10_URL, md5: str = CIFAR10_MD
         try:
             socket.setdefaulttimeout(60)                                # seconds without a byte
             torch.hub.download_url_to_file(url, str(archive))
-            found = hashlib.md5(archive.read_bytes()).hexdigest()
-            check(found == md5, f'{url}: broken off or changed, its md5 is {found}, not {md5}; {advice}')
+            found = md5(archive.read_bytes())
+            check(found == expected, f'{url}: broken off or changed, its md5 is {found}, not {expected}; '
+                  f'{advice}')
             shutil.unpack_archive(archive, scratch, filter='data')
             Path(scratch, 'cifar-10-batches-bin').replace(folder / 'cifar-10-batches-bin')
         except (OSError, http.client.HTTPException) as error:
@@ -265,7 +271,7 @@ class ArrayData(Data):
             arrays, self.class_names = read_cifar10(args.data_dir), CIFAR10_CLASSES
         self.images, self.labels = (array[:args.train_count].to(device) for array in arrays[:2])
         self.val_images, self.val_labels = (array[:args.val_count].to(device) for array in arrays[2:])
-        self.fingerprint = hashlib.md5(arrays[0][:args.train_count].numpy()).hexdigest()
+        self.fingerprint = md5(arrays[0][:args.train_count].numpy())
         super().__init__(args, len(self.images), len(self.val_images), device, args.crop > 0)
 
     def take(self, numbers: Tensor, noise_b3: Tensor) -> tuple[Tensor, Tensor]:
@@ -311,15 +317,89 @@ def augment(images_B3HW: Tensor, noise_B3: Tensor, flip: bool, crop: int) -> Ten
     return images_B3HW[images, :, y, x].permute(0, 3, 1, 2).contiguous()
 
 
-IMAGE_ENDINGS = ('.jpg', '.jpeg', '.png', '.webp', '.bmp', '.ppm', '.tif', '.tiff')
+IMAGE_ENDINGS = ('.jpg .jpeg .jpe .jfif .png .apng .webp .avif .gif .bmp .dib .ppm .pgm .pbm .pnm .pfm .tif '
+                 '.tiff .jp2 .j2k .jpx .tga .ico .psd .qoi').split()
+SPLIT = '(train|trn|valid|validation|val|dev|test|eval)(ing|_?set|_?data|_?images)?'    # as people name one
 
 
-def find_images(folder: Path) -> list[tuple[str, str]]:
-    """(path, class) of every image in folder/<class>/, in the order of their names."""
-    names = sorted(os.listdir(folder)) if folder.is_dir() else ()
-    classes = [name for name in names if (folder / name).is_dir() and not name.startswith('.')]
-    return [(os.path.join(folder, name, file), name) for name in classes
-            for file in sorted(os.listdir(folder / name)) if file.lower().endswith(IMAGE_ENDINGS)]
+def find_images(folder: Path) -> tuple[list[tuple[str, str]], str]:
+    """(path, class) of every image in folder/<class>/ or deeper, by name; what was left out, for people."""
+    images, left_out = [], defaultdict(list)
+    endings = tuple(Image.registered_extensions().keys() & IMAGE_ENDINGS)   # not every Pillow reads them all
+
+    def search(place: str, class_name: str | None, above: list[str]) -> bool:
+        count = len(images)
+        for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
+            path, name, real, reason = entry.path, entry.name, os.path.realpath, None
+            if name.startswith('.'):                            # the .DS_Store and ._x.png of Macs
+                reason = 'hidden'
+            elif entry.is_file(follow_symlinks=False) or os.path.isfile(path):
+                if class_name is None:
+                    reason = 'outside of class folders'
+                elif name.lower().endswith(endings):
+                    images.append((path, class_name))
+                else:
+                    reason = os.path.splitext(name)[1].lower() or 'without an ending'
+            elif not os.path.isdir(path):
+                reason = 'links to nowhere' if entry.is_symlink() else 'not files'
+            elif real(path) in above:
+                reason = 'links to a folder above'
+            elif not os.access(path, os.R_OK | os.X_OK):
+                reason = 'folders that cannot be read'
+            elif not search(path, class_name or name, [*above, real(path)]):
+                reason = 'folders without images'
+            if reason:
+                left_out[reason].append(os.path.relpath(path, folder))
+        return len(images) > count
+
+    search(str(folder), None, [os.path.realpath(folder)])
+    return images, '; '.join(f'{reason}: {len(names)} ({some(names)})'
+                             for reason, names in sorted(left_out.items()))
+
+
+def some(names: list[str]) -> str:
+    return ', '.join(names[:5]) + ', ...' * (len(names) > 5)
+
+
+def find_splits(folder: Path) -> tuple[list, list]:
+    """(path, class) of the images in train/<class>/, or in <class>/ where there are no splits; of those in
+    val/<class>/, if any. Says what it leaves out."""
+    check(folder.is_dir(), f'--data-dir {folder}: no such folder')
+    names, splits = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()), []
+    wanted, is_split = 'wanted are train/<class>/*.jpg and perhaps val/<class>/*.jpg', 'train' in names
+    others = [f'{name}/' for name in names if re.fullmatch(SPLIT, name.lower())]
+    others += [f'{name}/train/' for name in names if (folder / name / 'train').is_dir()]
+    check(is_split or not others, f'--data-dir {folder}: has {some(others)} but no train/; {wanted}')
+    for name in [name for name in ('train', 'val') if name in names] if is_split else ['']:
+        images, left_out = find_images(folder / name)
+        check(len(images) > 0, f'--data-dir {folder}: no images in {folder / name}/<class>/, but '
+              f"{left_out or 'nothing'}; {wanted}")
+        if left_out:
+            say(f'left out of {folder / name}: {left_out}')
+        splits.append(images)
+    if is_split and (beside := [f'{name}/' for name in names if name not in ('train', 'val')]):
+        say(f'left out of {folder}: {some(beside)}; only train/ and val/ are read')
+    return splits[0], splits[1] if len(splits) > 1 else []
+
+
+def hold_out(images: list, count: int, random: np.random.Generator) -> tuple[list, list]:
+    """Some images (path, class) for training, and so many for validation, at most: each class keeps one."""
+    left, held = Counter(name for _, name in images), set()
+    for i in random.permutation(len(images)):
+        if len(held) < count and left[images[i][1]] > 1:
+            left[images[i][1]] -= 1
+            held.add(i)
+    return [images[i] for i in range(len(images)) if i not in held], [images[i] for i in sorted(held)]
+
+
+def usable_cores() -> int:
+    """Processors that this process may use: less than all under taskset, in a job or a container."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    try:
+        quota, period = map(int, Path('/sys/fs/cgroup/cpu.max').read_text().split())        # microseconds
+        return max(1, min(cores, quota // period))
+    except (OSError, ValueError):                               # no such limit
+        return cores
 
 
 class FolderData(Data):
@@ -328,23 +408,22 @@ class FolderData(Data):
 
     def __init__(self, args: argparse.Namespace, image_size: int, device: torch.device):
         folder = Path(args.data_dir)
-        check(folder.is_dir(), f'--data-dir {folder}: no such folder')
-        train = find_images(folder / 'train' if (folder / 'train').is_dir() else folder)
-        val, random = find_images(folder / 'val'), np.random.default_rng(args.seed)
-        check(len(train) > 0, f'--data-dir {folder}: no images in train/<class>/ ({" ".join(IMAGE_ENDINGS)})')
-        self.class_names = sorted({class_name for _, class_name in train + val})
-        if unlearned := set(self.class_names) - {class_name for _, class_name in train}:
-            say(f'note: {len(unlearned)} of the classes in val/ have no images in train/')
+        train, val = find_splits(folder)
+        self.class_names, random = sorted({name for _, name in train + val}), np.random.default_rng(args.seed)
         if not val:
-            order, count = random.permutation(len(train)), max(1, min(args.val_count, len(train) // 10))
-            say(f'no val/ in {folder}: {count} of {len(train)} images are held out, by --seed')
-            val, train = ([train[i] for i in sorted(part)] for part in (order[:count], order[count:]))
+            train, val = hold_out(train, max(1, min(args.val_count, len(train) // 10)), random)
+            check(len(val) > 0, f'--data-dir {folder}: no val/, and no class has a second image to hold out; '
+                  'add images')
+            say(f'no val/ in {folder}: {len(val)} of {len(train) + len(val)} images are held out, by --seed')
         self.train, self.val = ([found[i] for i in sorted(random.permutation(len(found))[:count])]
                                 for found, count in ((train, args.train_count), (val, args.val_count)))
+        if unlearned := sorted({*self.class_names} - {name for _, name in self.train}):
+            say(f'note: {len(unlearned)} of {len(self.class_names)} classes have no images to train on '
+                f'({some(unlearned)})')
         text = '\n'.join(os.path.relpath(path, folder) for path, _ in self.train + self.val)
-        self.fingerprint = hashlib.md5(os.fsencode(text)).hexdigest()
+        self.fingerprint = md5(os.fsencode(text))
         self.broken, self.size, self.next = set(), image_size, None
-        cores = os.cpu_count() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+        cores = usable_cores() // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
         threads = min(12, cores - 1) if args.workers is None else args.workers
         self.workers = ThreadPoolExecutor(max(1, threads))
         super().__init__(args, len(self.train), len(self.val), device, is_cropped=True)
@@ -478,7 +557,7 @@ class TokenData:
     def write(self, tokenizer: VQVAE, parts: list, starts: list[int], rounds: int):
         """Writes this process's share of what is lacking; all stop together if one has to."""
         stage, width, batches = self.stage, 2 * self.shape[1], self.data.load(parts)
-        with open(os.open(self.path, os.O_WRONLY), 'wb') as file:       # no page of others' rows is read
+        with open(self.path, 'r+b', buffering=0) as file:               # no page of others' rows is read
             for i in tqdm(range(rounds), desc='tokens', unit='batch', disable=rank() > 0 or not rounds):
                 if i < len(parts):                  # in the last round, some have none
                     images, labels = next(batches)
@@ -875,7 +954,7 @@ class Stage:
         launcher = f'torchrun --nproc-per-node {processes}' if processes else 'python'
         say(f'stopped at step {self.step} of {self.total} of {self.name}, all saved; to go on: '
             f'{launcher} train.py --resume --out {shlex.quote(str(self.run.out))}')
-        leave(128 + self.signal if self.signal else 0)
+        raise Stop(128 + self.signal if self.signal else 0)
 
     def set_schedule(self):
         self.lr_now = self.lr * learning_rate(self.done, self.last_lr)
@@ -999,8 +1078,9 @@ class Stage:
             optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
             sample.save_checkpoint(
                 self.run.out / 'last.pt', 'resume', self.run.out / 'previous.pt', settings=settings,
-                data=self.run.data.fingerprint, stage=self.name, unfinished=not self.is_over, weights=weights,
-                optimizers=optimizers, state=self.state, **{name: getattr(self, name) for name in COUNTERS})
+                data=self.run.data.fingerprint, launch=self.run.launch, stage=self.name,
+                unfinished=not self.is_over, weights=weights, optimizers=optimizers, state=self.state,
+                **{name: getattr(self, name) for name in COUNTERS})
             while self.run.replaced:
                 self.run.replaced.pop().unlink(missing_ok=True)
 
@@ -1042,17 +1122,58 @@ def read_resume(out: Path, mmap: bool = False) -> dict | None:
     return None
 
 
+def find_launch() -> tuple[str | None, bool]:
+    """The torchrun that started these processes, if any, and whether once more, after some failed: in all of
+    them alike, though it may count on one machine alone."""
+    name, count = os.environ.get('TORCHELASTIC_RUN_ID'), os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)
+    if name == 'none':                                          # no --rdzv-id was given
+        name = f'{socket.gethostname()} {os.getppid()}'
+    return from_rank_0(name), all_sum(torch.tensor(float(count))).item() > 0
+
+
+@contextmanager
+def alone_in(out: Path):
+    """Keeps other runs out of a folder, by a lock that ends with the process. (Windows and some file systems
+    have none.)"""
+    try:
+        import fcntl
+    except ImportError:
+        fcntl = None
+    if rank() > 0 or not fcntl:
+        yield
+        return
+    path = out / 'lock'
+    for _ in range(50):                                     # a process that was killed takes a while to end
+        with open(path, 'a+') as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.1)
+                continue
+            except OSError:
+                pass
+            if os.fstat(file.fileno()).st_nlink:                # or the run that ends takes it away
+                try:
+                    yield
+                finally:
+                    path.unlink(missing_ok=True)
+                return
+    raise UserError(f'--out {out}: another run is at work there; stop that one, or choose another --out')
+
+
 def claim_folder(out: Path, args: argparse.Namespace, stages: list[str]) -> list[Path]:
-    """Makes the folder of a run. Refuses one that holds a run, or returns which files are to be removed."""
-    sample.prepare_folder(out, '--out')
+    """Refuses a folder that holds a run, or returns which files are to be removed. A run before its first
+    step is none: it may have found too little memory."""
     held = [out / f'{stage}.pt' for stage in stages if (out / f'{stage}.pt').exists()]
+    is_new = args.overwrite
     if not (args.resume or args.overwrite):
         last = read_resume(out, mmap=True)
-        check(not (held or last and last.get('unfinished', True)), f'--out {out}: already holds a run; '
-              '--resume goes on with it, --overwrite replaces it, or choose another --out')
+        is_new = bool(last) and last.get('step') == 0
+        check(not (held or last and last.get('unfinished', True) and not is_new), f'--out {out}: already '
+              'holds a run; --resume goes on with it, --overwrite replaces it, or choose another --out')
     others = [out / name for name in ('previous.pt', 'tokens.bin', 'tokens.txt')]
     kept = [path for path in out.glob('var-*.pt') if path.stem[4:].isdecimal() and 'var' in stages]
-    return [*held, *others, *kept] if args.overwrite else []
+    return [*held, *others, *kept] if is_new else []
 
 
 def tokenizer_for_stage_2(args: argparse.Namespace, out: Path, saved: dict | None) -> VQVAE:
@@ -1075,20 +1196,27 @@ def tokenizer_for_stage_2(args: argparse.Namespace, out: Path, saved: dict | Non
     return tokenizer
 
 
+STOPS = 'SIGINT SIGTERM SIGHUP SIGUSR1 SIGUSR2 SIGXCPU'.split()
+
+
 @contextmanager
 def signals_noted():
-    """Ctrl-C and SIGTERM are put on a list, for the loop to finish its step and save; a second one acts."""
-    def note(number, frame):
-        noted.append(number)
-        signal.signal(number, before[number])
+    """Ctrl-C, SIGTERM, SIGHUP (of a terminal that closes) and what schedulers warn with are put on a list,
+    for the loop to finish its step and save. A second Ctrl-C acts; what nohup ignores stays ignored."""
+    def note(which, frame):
+        noted.append(which)
+        if which == signal.SIGINT:
+            signal.signal(which, before[which])
 
-    noted = []
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    noted, before = [], {}
+    for which in [getattr(signal, name) for name in STOPS if hasattr(signal, name)]:        # Windows has two
+        if which == signal.SIGINT or signal.getsignal(which) != signal.SIG_IGN:
+            before[which] = signal.signal(which, note)
     try:
         yield noted
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for which, handler in before.items():
+            signal.signal(which, handler)
 
 
 # ---------------------------------------------------------------------------------------------- command line
@@ -1182,15 +1310,19 @@ def build_parser() -> sample.Parser:
     return parser
 
 
-def parse(argv: list[str]) -> tuple[argparse.Namespace, dict | None]:
-    """The settings: flags, over those of the preset or of the run that goes on; and what that one saved."""
+def parse(argv: list[str], restarted: str | None = None) -> tuple[argparse.Namespace, dict | None]:
+    """The settings: flags, over those of the preset or of the run that goes on; and what that one saved.
+    restarted: the torchrun that starts us another time; what it began goes on without --resume."""
     parser, saved = build_parser(), None
     args = parser.parse_args(argv)
     given = {re.sub('^--(no-)?|=.*', '', word).replace('-', '_') for word in argv if word.startswith('--')}
     check(not (args.resume and args.overwrite), '--resume, --overwrite: say one or the other')
-    if args.resume:
-        out = args.out or f'out/{args.preset}'
+    out = args.out or f'out/{args.preset}'
+    if args.resume or restarted:
         saved = read_resume(Path(out))
+    if restarted and saved and not args.resume:
+        saved = saved if saved.get('launch') == restarted else None
+    if args.resume or saved:
         check(saved is not None, f'--resume: {out} holds no run that can be resumed; start one without it')
         expected = vars(args).keys() - set(NOT_SAVED)
         check(SAVED <= saved.keys() and saved['settings'].keys() == expected, f'{out}/last.pt: not what this '
@@ -1203,6 +1335,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict | None]:
             parser.set_defaults(**RECIPES[max(least for least in RECIPES if least <= max(0, depth))])
     args = {name: tuple(value) if isinstance(value, list) else value
             for name, value in vars(parser.parse_args(argv)).items()}
+    args |= dict(resume=bool(saved), overwrite=args['overwrite'] and not saved)
     for name, had in saved['settings'].items() if saved else ():
         check(name in MAY_CHANGE or args[name] == had, f'{sample.flag(name)} {args[name]}: the run to resume '
               f'has {had}; omit the flag, or start anew in another --out')
@@ -1276,49 +1409,64 @@ def bench(args: argparse.Namespace, device: torch.device):
     sample.bench_sampling(tokenizer, var, B, args.dtype, how, compile=args.compile)
 
 
+def open_run(args: argparse.Namespace, saved: dict | None, device: torch.device,
+             at_the_end: ExitStack) -> tuple[SimpleNamespace, VQVAE, list[str]]:
+    """What both stages share, the tokenizer, and the stages to train. Complains of all that can be seen
+    before the first step."""
+    stages = ['vqvae', 'var'] if args.stage == 'both' else [args.stage]
+    if saved and saved['stage'] == 'var':                       # stage 1 is done
+        stages = ['var']
+    out = Path(args.out or f'out/{args.preset}')
+    check(args.tokenizer is None or args.stage == 'var', '--tokenizer: goes with --stage var')
+    tokenizer = (VQVAE(make(VQVAEConfig, args)) if 'vqvae' in stages else
+                 tokenizer_for_stage_2(args, out, saved))
+    config = tokenizer.config
+    if 'var' in stages or 'order' in args.given:
+        make(VARConfig, args, num_classes=1, scales=config.scales)              # complains early
+    sample.prepare_folder(out, '--out')
+    at_the_end.enter_context(alone_in(out))
+    replaced = claim_folder(out, args, stages)
+    data = load_data(args, config.image_size, device)
+    check(saved is None or saved['data'] == data.fingerprint, f'--data-dir {args.data_dir}: holds other '
+          'images than the run to resume was trained on; name those, or start anew in another --out')
+    if 'vqvae' in stages:
+        check_loss_terms(args, config.image_size, len(data.class_names))
+    return SimpleNamespace(args=args, out=out, data=data, device=device, saved=saved, replaced=replaced,
+                           signals=[]), tokenizer, stages
+
+
 def main(argv: list[str]):
     began = time.monotonic()
     start_processes()
-    with rank_0_first():                                        # who also downloads for all
-        args, saved = parse(argv)
-        stages = ['vqvae', 'var'] if args.stage == 'both' else [args.stage]
-        if saved and saved['stage'] == 'var':                   # stage 1 is done
-            stages = ['var']
-        out, device = Path(args.out or f'out/{args.preset}'), sample.choose_device(args.device)
-        torch.manual_seed(args.seed)
-        if args.compile:
-            sample.check_compiler(device)
+    launch, is_restarted = find_launch()
+    with ExitStack() as at_the_end:
+        with rank_0_first():                                    # who also downloads for all
+            args, saved = parse(argv, launch if is_restarted else None)
+            device = sample.choose_device(args.device)
+            torch.manual_seed(args.seed)
+            if args.compile:
+                sample.check_compiler(device)
+            if args.bench:
+                check(world_size() == 1, '--bench: times one process')
+                return bench(args, device)
+            run, tokenizer, stages = open_run(args, saved, device, at_the_end)
+        run.began, run.launch, out, data, config = began, launch, run.out, run.data, tokenizer.config
+        seen = [data.fingerprint, saved and f"{saved['stage']} {saved['step']}"]
+        of_rank_0 = from_rank_0(seen)
+        check(seen == of_rank_0, f'--data-dir {args.data_dir}, --out {out}: other images or another save '
+              f'than rank 0 sees ({seen}, not {of_rank_0}); make the folders equal')
+        if device.index is not None:
+            torch.cuda.set_device(device)
         if args.var_optimizer == 'muon' and 'var' in stages and not saved:
             note_slow_bfloat16(device)
-        if args.bench:
-            check(world_size() == 1, '--bench: times one process')
-            return bench(args, device)
-        check(args.tokenizer is None or args.stage == 'var', '--tokenizer: goes with --stage var')
-        tokenizer = (VQVAE(make(VQVAEConfig, args)) if 'vqvae' in stages else
-                     tokenizer_for_stage_2(args, out, saved))
-        config = tokenizer.config
-        if 'var' in stages or 'order' in args.given:
-            make(VARConfig, args, num_classes=1, scales=config.scales)          # complains early
-        replaced = claim_folder(out, args, stages)
-        data = load_data(args, config.image_size, device)
-        check(saved is None or saved['data'] == data.fingerprint, f'--data-dir {args.data_dir}: holds other '
-              'images than the run to resume was trained on; name those, or start anew in another --out')
-        if 'vqvae' in stages:
-            check_loss_terms(args, config.image_size, len(data.class_names))
-    seen = [data.fingerprint, saved and f"{saved['stage']} {saved['step']}"]
-    of_rank_0 = from_rank_0(seen)
-    check(seen == of_rank_0, f'--data-dir {args.data_dir}, --out {out}: other images or another save than '
-          f'rank 0 sees ({seen}, not {of_rank_0}); make the folders equal')
-    if device.index is not None:
-        torch.cuda.set_device(device)
-    tokenizer.to(device)
-    say(f'{args.preset}: {data.count:,} images of {config.image_size}x{config.image_size} in '
-        f'{len(data.class_names)} classes, {sum(tokenizer.scale_lengths)} tokens each, scales '
-        f'{config.scales}, on {world_size()} x {device.type}')
-    with signals_noted() as signals:
-        run = SimpleNamespace(args=args, out=out, data=data, device=device, saved=saved, replaced=replaced,
-                              signals=signals, began=began)
+        tokenizer.to(device)
+        say(f'{args.preset}: {data.count:,} images of {config.image_size}x{config.image_size} in '
+            f'{len(data.class_names)} classes, {sum(tokenizer.scale_lengths)} tokens each, scales '
+            f'{config.scales}, on {world_size()} x {device.type}')
+        if saved and is_restarted:
+            say(f"restarted by torchrun: goes on from step {saved['step']} of {saved['stage']}")
         del saved                                               # as large as model and optimizer together
+        run.signals = at_the_end.enter_context(signals_noted())
         if 'vqvae' in stages:
             train_tokenizer(run, tokenizer)
             tokenizer.requires_grad_(False)
@@ -1329,8 +1477,6 @@ def main(argv: list[str]):
             train_transformer(run, var, tokenizer)
     images = [str(out / dict(vqvae='reconstructions.png', var='samples.png')[stage]) for stage in stages]
     say(f"done in {time.monotonic() - began:.0f} s; look at {' and then at '.join(images)}")
-    if dist.is_initialized():
-        leave(0)
 
 
 if __name__ == '__main__':

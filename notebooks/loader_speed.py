@@ -34,7 +34,7 @@ def images_per_second(read, paths: list[str], size: int) -> float:
 
 
 if __name__ == '__main__':
-    paths, size = [path for path, _ in train.find_images(Path(sys.argv[1]))], int((sys.argv + ['256'])[2])
+    paths, size = [path for path, _ in train.find_images(Path(sys.argv[1]))[0]], int((sys.argv + ['256'])[2])
     speeds = [[images_per_second(read, paths, size) for read in (sample.read_image, whole_resize)]
               for _ in range(ROUNDS)]
     ours, theirs = (statistics.median(column) for column in zip(*speeds))
