@@ -516,7 +516,7 @@ def grid(images: Tensor, columns: int) -> Image.Image:
     return Image.fromarray(sheet).resize((sheet.shape[1] * zoom, sheet.shape[0] * zoom), Image.NEAREST)
 
 
-# Pillow refuses what every viewer opens: 200 megapixels of a telephone, a PNG with over a megabyte of text. Here
+# Pillow refuses what every viewer opens: 200 megapixels of a telephone, a PNG with a megabyte of text. Here
 # 268 megapixels and 64 megabytes will do. And warnings of metadata that nobody looks at are left out.
 Image.MAX_IMAGE_PIXELS = 2 ** 27                            # refused where there are twice as many
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2 ** 26
