@@ -34,6 +34,7 @@ import sys
 import tempfile
 import time
 import typing
+import uuid
 import warnings
 import zipfile
 import zlib
@@ -227,7 +228,31 @@ def start_processes():
     """Under torchrun, joins the other processes. Each has all weights, and its share of each batch."""
     if 'TORCHELASTIC_RUN_ID' in os.environ:
         backend = 'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo'
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        rank, count, port = (int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE', 'MASTER_PORT'))
+        store, timeout = None, timedelta(minutes=30)
+        if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+            store = dist.TCPStore(os.environ['MASTER_ADDR'], port, timeout=timeout)
+            store = dist.PrefixStore(name_of_start(store, rank, count), store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
+
+
+def name_of_start(store: dist.Store, rank: int, count: int) -> str:
+    """A name that the processes which start now have in common, and none of those before them. For torchrun
+    restarts them on a store that still says where those before could be found.
+
+    Who starts writes a name of its own; rank 0 answers all names that it finds, until as many came to it."""
+    mine = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f'rank {rank}', mine)
+        name = store.get(f'answer to {mine}').decode()
+        store.add(f'came to {name}', 1)
+        return name
+    while store.add(f'came to {mine}', 0) < count - 1:
+        for key in [f'rank {other}' for other in range(1, count)]:
+            if store.check([key]):
+                store.set(f'answer to {store.get(key).decode()}', mine)
+        time.sleep(0.01)
+    return mine
 
 
 def leave(status: int):

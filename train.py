@@ -372,8 +372,8 @@ def find_splits(folder: Path) -> tuple[list, list]:
     check(is_split or not others, f'--data-dir {folder}: has {some(others)} but no train/; {wanted}')
     for name in [name for name in ('train', 'val') if name in names] if is_split else ['']:
         images, left_out = find_images(folder / name)
-        check(len(images) > 0, f'--data-dir {folder}: no images in {folder / name}/<class>/, but '
-              f"{left_out or 'nothing'}; {wanted}")
+        check(len(images) > 0, f'--data-dir {folder}: no images in {folder / name}/<class>/ (found are '
+              f"{left_out or 'nothing'}); {wanted}")
         if left_out:
             say(f'left out of {folder / name}: {left_out}')
         splits.append(images)
