@@ -105,8 +105,9 @@ def number(kind: type, wanted: str, fits):
     return parse
 
 
-COUNT = number(int, '1 or more', lambda n: n >= 1)
-ANY_COUNT = number(int, '0 or more', lambda n: n >= 0)
+INTEGER = number(int, 'a whole number below 2^31', lambda n: abs(n) < 2 ** 31)
+COUNT = number(int, '1 or more (below 2^31)', lambda n: 1 <= n < 2 ** 31)
+ANY_COUNT = number(int, '0 or more (below 2^31)', lambda n: 0 <= n < 2 ** 31)
 STRENGTH = number(float, '0 or more', lambda x: 0 <= x < math.inf)
 POSITIVE = number(float, 'above 0', lambda x: 0 < x < math.inf)
 SHARE = number(float, 'in [0, 1]', lambda x: 0 <= x <= 1)
@@ -148,6 +149,20 @@ class Output:
 
     def flush(self):
         self.attempt(self.stream.flush)
+
+
+def bound_memory():
+    """Lets too large a request fail, on Linux. It would be granted, and who uses it killed without a word."""
+    try:
+        import resource
+        texts = {name: Path(f'/proc/{name}').read_text() for name in ('meminfo', 'self/status')}
+        free, swap, used = (1024 * int(re.search(rf'{name}:\s+(\d+) kB', texts[file])[1]) for file, name in (
+            ('meminfo', 'MemAvailable'), ('meminfo', 'SwapFree'), ('self/status', 'VmData')))
+        limit, most = resource.getrlimit(resource.RLIMIT_DATA)
+        if limit == resource.RLIM_INFINITY:
+            resource.setrlimit(resource.RLIMIT_DATA, (used + free + swap, most))
+    except (ImportError, AttributeError, OSError, TypeError, ValueError):               # other systems
+        pass
 
 
 def run_command(main):
@@ -312,6 +327,7 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f'--device {name}: not usable on this machine; cpu always is') from None
     if name == 'cpu':
         keep_memory()
+        bound_memory()
     return torch.device(name)
 
 
@@ -334,7 +350,7 @@ def what_a_file_holds(complaint: str):
     """What fails in here, fails by the content of a file: an error of the user's, which begins like this."""
     try:
         yield
-    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError,
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError,
             argparse.ArgumentTypeError) as error:
         if is_out_of_memory(error):
             raise
@@ -432,7 +448,7 @@ def load(path: str | Path, device: str | torch.device = 'cpu') -> tuple[VQVAE, V
         var.class_names = list(checkpoint['class_names'])
     for name, kind in SAMPLING.items():
         with what_a_file_holds(f'{path}: its sampling default {name} will not do'):
-            defaults[name] = kind(str(checkpoint['defaults'][name]))
+            defaults[name] = kind(str(dict(checkpoint['defaults'])[name]))
     check(checkpoint['defaults'].keys() == SAMPLING.keys(), f'{path}: has other sampling defaults than those '
           f'of {", ".join(SAMPLING)}')
     check(len(var.class_names) == var.config.num_classes and all(isinstance(c, str) for c in var.class_names),
@@ -832,13 +848,14 @@ def bench_sampling(tokenizer: VQVAE, var: VAR, count: int, dtype: str, how: dict
 
 
 # ---------------------------------------------------------------------------------------------- command line
+MILLIONS = number(int, '1 to 10,000,000', lambda n: 1 <= n <= 10 ** 7)
 LONG_SEED = number(int, 'in [0, 2^63)', lambda n: 0 <= n < 2 ** 63)
 FLAGS = {                               # name, type, default, help
     'what to draw': [
         ('official', list(RELEASED), None, "the authors' weights instead of a checkpoint, downloaded once"),
         ('weights_dir', str, None, 'folder with those weights, by the names they were released by'),
         ('labels', tuple[str, ...], None, 'classes by number or name, or null; absent: all; for edits null'),
-        ('count', COUNT, None, 'images in all, labels go round; absent: one per label, 100 at most'),
+        ('count', MILLIONS, None, 'images in all, labels go round; absent: one per label, 100 at most'),
         ('seed', LONG_SEED, 0, 'of the noise of all images [0]')],
     'how to draw it': [
         ('cfg', STRENGTH, None, "guidance at the last scale; absent: the checkpoint's"),
@@ -888,7 +905,7 @@ def add_flag(group, name: str, kind, default, help: str):
         kinds = typing.get_args(kind) or [kind]
         if typing.get_origin(kind) is tuple:
             options |= dict(nargs='+' if ... in kinds else len(kinds))
-        options |= dict(type=kinds[0], metavar=kinds[0].__name__.upper())
+        options |= dict(type={int: INTEGER}.get(kinds[0], kinds[0]), metavar=kinds[0].__name__.upper())
     group.add_argument(flag(name), **options)
 
 

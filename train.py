@@ -1322,12 +1322,11 @@ def parse(argv: list[str], restarted: str | None = None) -> tuple[argparse.Names
         saved = read_resume(Path(out))
     if restarted and saved and not args.resume:
         saved = saved if saved.get('launch') == restarted else None
-    if args.resume or saved:
-        check(saved is not None, f'--resume: {out} holds no run that can be resumed; start one without it')
-        expected = vars(args).keys() - set(NOT_SAVED)
-        check(SAVED <= saved.keys() and saved['settings'].keys() == expected, f'{out}/last.pt: not what this '
-              'train.py saves; start anew in another --out')
-        parser.set_defaults(**saved['settings'])
+    check(saved is not None or not args.resume, f'--resume: {out} holds no run that can be resumed; start '
+          'one without it')
+    if saved:
+        had = settings_of(saved, parser, out)
+        parser.set_defaults(**had)
     else:
         parser.set_defaults(**PRESETS[args.preset])
         if args.preset.startswith('imagenet'):
@@ -1336,15 +1335,37 @@ def parse(argv: list[str], restarted: str | None = None) -> tuple[argparse.Names
     args = {name: tuple(value) if isinstance(value, list) else value
             for name, value in vars(parser.parse_args(argv)).items()}
     args |= dict(resume=bool(saved), overwrite=args['overwrite'] and not saved)
-    for name, had in saved['settings'].items() if saved else ():
-        check(name in MAY_CHANGE or args[name] == had, f'{sample.flag(name)} {args[name]}: the run to resume '
-              f'has {had}; omit the flag, or start anew in another --out')
+    for name in had if saved else ():
+        check(name in MAY_CHANGE or args[name] == had[name], f'{sample.flag(name)} {args[name]}: the run to '
+              f'resume has {had[name]}; omit the flag, or start anew in another --out')
     for stage in () if saved else ('vqvae', 'var'):         # three ways to say how long: what was given holds
         ways = [name for name in ('budget_minutes', f'{stage}_epochs', f'{stage}_steps') if name in given]
         check(len(ways) < 2, f"{', '.join(map(sample.flag, ways))}: say one or the other")
         if f'{stage}_epochs' in given:
             args[f'{stage}_steps'] = None
     return argparse.Namespace(**args, given=given), saved
+
+
+def settings_of(saved: dict, parser: sample.Parser, out: str) -> dict:
+    """The settings of a run that goes on, if they are such as its flags could have been."""
+    unlike, words = f'{out}/last.pt: not what this train.py saves; start anew in another --out', []
+    names = vars(parser.parse_args([])).keys() - {*NOT_SAVED}
+    with sample.what_a_file_holds(unlike):
+        settings = dict(saved['settings'])
+        is_like = SAVED <= saved.keys() and saved['stage'] in ('vqvae', 'var') and settings.keys() == names
+        check(is_like, unlike)
+        for name, value in settings.items():
+            if isinstance(value, bool):
+                words.append(sample.flag(name) if value else f'--no-{sample.flag(name)[2:]}')
+            elif isinstance(value, (tuple, list)):
+                words += [sample.flag(name), *map(str, value)]
+            elif value is not None:
+                words.append(f'{sample.flag(name)}={value}')
+        try:
+            args = vars(parser.parse_args(words))
+        except UserError:
+            raise UserError(unlike) from None
+        return {name: tuple(args[name]) if isinstance(args[name], list) else args[name] for name in names}
 
 
 def make(config_class, args: argparse.Namespace, **more):

@@ -70,8 +70,9 @@ class VARConfig:
 
     def __post_init__(self):
         for name in ('depth', 'num_classes', 'vocab_size', 'z_channels'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
+            most = 200 if name == 'depth' else 2 ** 30
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f'{name}={getattr(self, name)}: must be at least 1 and at most {most}')
         for name in ('label_dropout', 'stochastic_depth'):
             if not 0 <= (getattr(self, name) or 0) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: must lie in [0, 1)')

@@ -63,8 +63,9 @@ class VQVAEConfig:
 
     def __post_init__(self):
         for name in ('image_size', 'patch_size', 'channels', 'res_blocks', 'z_channels', 'vocab_size'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name}={getattr(self, name)}: must be at least 1')
+            most = 200 if name == 'res_blocks' else 2 ** 30
+            if not 1 <= getattr(self, name) <= most:
+                raise ValueError(f'{name}={getattr(self, name)}: must be at least 1 and at most {most}')
         if self.channels % 32:
             raise ValueError(f'channels={self.channels}: must be a multiple of 32, the groups of GroupNorm')
         if not self.channel_mults or min(self.channel_mults) < 1:

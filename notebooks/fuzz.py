@@ -1,0 +1,287 @@
+"""Throws random flags, damaged files, odd images and odd folders at train.py and sample.py.
+
+    python notebooks/fuzz.py --count 5000 --seed 0      # a quarter of an hour on two cores
+
+Each case must end well, or with exit status 2 and one line that begins with 'error: '; without a traceback,
+without a warning, within a minute, and without a half-written file. A case follows from the seed and its own
+number: `--only 1234` repeats one, and shows what it says.
+"""
+import argparse
+import io
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sample                                                                           # noqa: E402
+import train                                                                            # noqa: E402
+
+SECONDS = 60                            # for a case, which takes a tenth of one
+TINY = ('--train-count 24 --val-count 8 --batch-size 8 --channels 32 --z-channels 4 --vocab-size 16 '
+        '--scales 1 2 8 --depth 1 --device cpu --vqvae-steps 2 --var-steps 2 --save-every-steps 2 '
+        '--stop-after-minutes 0.02 --adaln-gamma-init 0.1').split()
+NUMBERS = ['', str(2 ** 31), str(2 ** 63), str(10 ** 30)]
+NUMBERS += '-1 0 1 2 3 4 8 16 32 33 2000000 0.5 1.5 1e-320 1e-45 1e30 1e39 1e308 1e999 nan -inf x ٣'.split()
+WORDS = ['', ' ', 'x', '3', 'null', 'star', 'Heart', '..', '-', '~', 'ünï', 'a' * 300, '\udcff', '%s', '{}',
+         'a\nb']
+
+
+class Hang(BaseException):
+    pass
+
+
+# -------------------------------------------------------------------------------------------- what is thrown
+def value_of(action, chance: random.Random, files: list[str]) -> list[str]:
+    """Arguments for a flag, of its kind more often than not."""
+    count = chance.choice([1, 2, 3, 4]) if action.nargs == '+' else action.nargs or 1
+    if action.choices and chance.random() < 0.8:
+        return [chance.choice([*action.choices])]
+    kind = getattr(action.type, '__name__', 'str')
+    pool = NUMBERS if kind in ('int', 'float') else files * 3 + WORDS
+    return [chance.choice(pool if chance.random() < 0.9 else NUMBERS + WORDS) for _ in range(count)]
+
+
+def flags_of(parser, chance: random.Random, files: list[str], count: int) -> list[str]:
+    actions = [action for action in parser._actions if action.option_strings and action.dest != 'help']
+    flags = []
+    for action in chance.sample(actions, count):
+        if isinstance(action, argparse.BooleanOptionalAction):
+            flags.append(chance.choice(action.option_strings))
+        else:
+            flags += [action.option_strings[0], *value_of(action, chance, files)]
+    if chance.random() < 0.05:
+        flags.insert(chance.randrange(len(flags) + 1), chance.choice(WORDS + ['--dept', '--help']))
+    return flags
+
+
+def damage(path: Path, chance: random.Random):
+    """To a checkpoint: its bytes, or something somewhere in it."""
+    if chance.random() < 0.3:
+        content = bytearray(path.read_bytes())
+        start = chance.randrange(len(content) + 1)
+        for _ in range(chance.choice([1, 10, 1000])):
+            content[min(start, len(content) - 1)] = chance.randrange(256)
+            start = chance.randrange(len(content))
+        path.write_bytes(content if chance.random() < 0.5 else content[:start])
+        return
+    place = whole = torch.load(path, weights_only=True)
+    while True:                                             # down to some leaf
+        key = chance.choice([*place])
+        if not (isinstance(place[key], dict) and place[key] and chance.random() < 0.9):
+            break
+        place = place[key]
+    others = [None, -1, 0, 3, 2 ** 31, 2 ** 70, 1e39, float('nan'), 'x', '', [], {}, (1, 2, 8), True,
+              torch.zeros(3), torch.zeros(0), torch.tensor(float('nan')), torch.zeros(2, 2).long()]
+    if torch.is_tensor(place[key]) and place[key].is_floating_point() and chance.random() < 0.5:
+        place[key].view(-1)[:1] = chance.choice([float('nan'), float('inf'), 3e38])
+    elif chance.random() < 0.3:
+        del place[key]
+    else:
+        place[key] = chance.choice(others)
+    torch.save(whole, path)
+
+
+def odd_image(path: Path, chance: random.Random):
+    """Of a random mode, kind, size and content, perhaps damaged."""
+    w, h = (chance.choice([1, 2, 7, 31, 32, 33, 100]) for _ in range(2))
+    pixels = np.random.default_rng(chance.randrange(2 ** 32)).integers(0, 256, (h, w, 4), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    mode = chance.choice('1 L LA P PA RGB RGBA CMYK YCbCr LAB HSV I F I;16'.split())
+    kind = chance.choice('PNG JPEG TIFF GIF WEBP BMP PPM TGA ICO JPEG2000 AVIF PCX'.split())
+    options, exif = {}, Image.Exif()
+    if chance.random() < 0.3:
+        exif[0x0112] = chance.choice([1, 3, 6, 8, 0, 9, 65535])
+        options['exif'] = exif
+    if chance.random() < 0.2:
+        options['transparency'] = chance.choice([0, 255, (1, 2, 3), b'\0\1', 70000])
+    file = io.BytesIO()
+    try:
+        if mode == 'I;16':
+            image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+        elif mode == 'F':
+            image = Image.fromarray(pixels[..., 0] * np.float32(chance.choice([1e-3, 1, 1e9, np.nan])))
+        else:
+            image = image.convert('RGB').convert(mode) if mode != 'RGBA' else image
+        image.save(file, kind, **options)
+    except Exception:                                       # not every mode goes into every kind
+        Image.fromarray(pixels).convert('RGB').save(file, 'PNG')
+    content = bytearray(file.getvalue())
+    if chance.random() < 0.4:
+        for _ in range(chance.choice([1, 5, 50])):
+            content[chance.randrange(len(content))] = chance.randrange(256)
+    if chance.random() < 0.2:
+        content = content[:chance.randrange(len(content) + 1)]
+    path.write_bytes(content)
+
+
+def odd_folder(folder: Path, chance: random.Random):
+    """Class folders as people may have them."""
+    names = ['cat', 'dog', 'bird', 'кот', '.hidden', 'a b', 'train', 'val', 'test', '\udcff', 'x.png']
+    root = folder / chance.choice(['train', 'train', 'train', 'training', 'Train', '.', 'in/train'])
+    for split in [root] + [folder / chance.choice(['val', 'valid', 'test'])] * (chance.random() < 0.5):
+        for name in chance.sample(names, chance.randrange(5)):
+            place = split / name / chance.choice(['', '', '', 'deep/er'])
+            if place.is_file() or split.is_file():
+                continue
+            place.mkdir(parents=True, exist_ok=True)
+            for i in range(chance.choice([0, 1, 9, 20])):
+                name = chance.choice(['{}.png', '{}.png', '{}.JPG', '._{}.png', '{}.txt', '{}', '{}.gif'])
+                path = place / name.format(i)
+                what = chance.random()
+                if path.exists() or path.is_symlink():
+                    continue
+                if what < 0.85:
+                    Image.new('RGB', (40, 30), (i, 99, 7)).save(path, 'PNG')
+                elif what < 0.9:
+                    odd_image(path, chance)
+                elif what < 0.94:
+                    path.symlink_to(chance.choice(['/nowhere', '..', path.name, '/dev/null']))
+                elif what < 0.97:
+                    os.mkfifo(path)
+                else:
+                    path.mkdir()
+
+
+# ----------------------------------------------------------------------------------------------------- cases
+def flags_of_train(folder: Path, chance: random.Random):
+    files = ['run', 'run/var.pt', 'run/vqvae.pt', 'run/var.csv', 'nowhere', 'photo.png', 'new']
+    return train.main, [*TINY, *flags_of(train.build_parser(), chance, files, chance.choice([1, 1, 2, 3]))]
+
+
+def flags_of_sample(folder: Path, chance: random.Random):
+    files = 'run run/var.pt run/vqvae.pt nowhere photo.png new.png new.npz new/x.jpg new.pt'.split()
+    flags = flags_of(sample.build_parser(), chance, files, chance.choice([1, 2, 3, 5]))
+    flags = [flag for flag in flags if flag != '--official']        # which would be downloaded
+    return sample.main, ['run/var.pt', '--count', '2', *flags]
+
+
+def damaged_model(folder: Path, chance: random.Random):
+    damage(folder / 'run/var.pt', chance)
+    if chance.random() < 0.3:
+        return train.main, [*TINY, '--stage', 'var', '--tokenizer', 'run/var.pt']
+    return sample.main, ['run/var.pt', '--count', '2', '--out', 'x.png']
+
+
+def damaged_run(folder: Path, chance: random.Random):
+    if chance.random() < 0.7:                               # as if it had been stopped
+        shutil.copy(folder / 'run/previous.pt', folder / 'run/last.pt')
+    name = chance.choice(['last.pt', 'last.pt', 'previous.pt', 'vqvae.pt', 'var.pt'])
+    damage(folder / 'run' / name, chance)
+    if chance.random() < 0.3:
+        path = folder / 'run' / chance.choice(['tokens.bin', 'tokens.txt'])
+        content = path.read_bytes()[:chance.randrange(path.stat().st_size + 1)]
+        path.write_bytes(content + bytes(chance.randrange(3)))
+    return train.main, ['--out', 'run', *chance.choice([['--resume'], [*TINY, '--overwrite'], TINY])]
+
+
+def image_to_edit(folder: Path, chance: random.Random):
+    odd_image(folder / 'odd.img', chance)
+    what = chance.choice(['--box 0 0 .5 .5', '--keep-scales 1', '--mask photo.png', '--mask odd.img'])
+    image = chance.choice(['odd.img', 'photo.png'])
+    return sample.main, ['run/var.pt', '--image', image, '--out', 'x.png', *what.split()]
+
+
+def folder_to_train_on(folder: Path, chance: random.Random):
+    odd_folder(folder / 'photos', chance)
+    return train.main, [*TINY, '--batch-size', '2', '--data-dir', 'photos', '--workers', '2']
+
+
+CASES = [flags_of_train, flags_of_sample, damaged_model, damaged_run, image_to_edit, folder_to_train_on]
+
+
+# --------------------------------------------------------------------------------------------------- verdict
+def make_run(folder: Path):
+    """What the cases start from."""
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        train.main([*TINY, '--stop-after-minutes', '9', '--cache-tokens', '--out', str(folder / 'run')])
+    images, _ = train.draw_shapes(1, 0)
+    sample.save_image(folder / 'photo.png', sample.grid(images, 1))
+
+
+def attempt(main, argv: list[str], seconds: float) -> tuple[object, str]:
+    """How a command ends (an exit status or an exception), and what it says."""
+    def hang(number, frame):
+        raise Hang(f'takes more than {seconds} seconds')
+
+    said, before = io.TextIOWrapper(io.BytesIO(), 'utf-8', write_through=True), sys.argv
+    sys.argv = ['command', *argv]
+    signal.signal(signal.SIGALRM, hang)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    end = 0
+    try:
+        with redirect_stdout(said), redirect_stderr(said), warnings.catch_warnings(record=True) as warned:
+            sample.run_command(main)
+    except SystemExit as stop:
+        end = stop.code or 0
+    except BaseException as error:
+        end = error
+        said.write(''.join(traceback.format_exception(error)))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.argv = before
+    said.seek(0)
+    return end, said.read() + ''.join(f'warning: {warning.message}\n' for warning in warned)
+
+
+def fault_of(end, said: str, folder: Path) -> str | None:
+    """What is wrong with how it ended, if anything."""
+    lines = [line for line in re.split('[\r\n]', said) if line.startswith('error: ')]
+    if isinstance(end, BaseException):
+        return f'{type(end).__name__}: {sample.one_line(end)}'
+    if end not in (0, 2) or (end == 2) != (len(lines) == 1):
+        return f'exit status {end}, {len(lines)} errors'
+    if 'Traceback' in said or 'Warning' in said or 'warning: ' in said:
+        return 'a traceback or a warning'
+    if left := [path.name for path in folder.rglob('*') if path.suffix == '.tmp' or path.name == 'lock']:
+        return f'left behind: {left}'
+    return None
+
+
+def try_case(number: int, seed: int, origin: Path) -> tuple[str, str | None, str]:
+    """A case by its number: the command, its fault, what it said. The run in `origin` stays as it is."""
+    chance, here = random.Random(f'{seed} {number}'), os.getcwd()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        shutil.copytree(origin, folder, dirs_exist_ok=True)
+        os.chdir(folder)
+        try:
+            kind = CASES[number % len(CASES)]
+            main, argv = kind(folder, chance)
+            end, said = attempt(main, argv, SECONDS)
+            return f'{kind.__name__}: {argv}', fault_of(end, said, folder), said
+        finally:
+            os.chdir(here)
+
+
+def main():
+    parser = sample.Parser(description=__doc__)
+    parser.add_argument('--count', type=int, default=5000)
+    parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--only', type=int, help='the number of one case')
+    args, faults = parser.parse_args(), 0
+    with tempfile.TemporaryDirectory() as origin:
+        make_run(Path(origin))
+        for number in tqdm(range(args.count) if args.only is None else [args.only], unit='case'):
+            what, fault, said = try_case(number, args.seed, Path(origin))
+            faults += fault is not None
+            if fault or args.only is not None:
+                tqdm.write(f'{number}: {fault}\n    {what}' + f'\n{said}' * (args.only is not None))
+    print(f'{faults} faults')
+    sys.exit(faults > 0)
+
+
+if __name__ == '__main__':
+    main()
