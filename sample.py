@@ -819,22 +819,31 @@ def seconds_of(run, device: torch.device, runs: int = 7) -> float:
     return statistics.median([clock() for _ in range(runs + 3)][3:])
 
 
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes; None on Windows, whose processes don't say."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == 'darwin' else 1024          # Macs count bytes
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
 def bench(what: str, run, device: torch.device, unit: str, count: int, flops: float, **said):
     """Prints a line of JSON about run(), which makes `count` units: their rate, the most memory in use (on a
     CPU by the process so far), and MFU: FLOPs as a share of the fastest matrix product in the same type."""
-    import resource                                         # not on Windows
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = seconds_of(run, device)
-    memory = (torch.cuda.max_memory_allocated(device) if device.type == 'cuda' else
-              1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    seconds, memory = seconds_of(run, device), peak_memory(device)
     n = 8192 if device.type == 'cuda' else 2048
     a = torch.randn(n, n, device=device, dtype=getattr(torch, said['dtype']))
     peak = 2 * n ** 3 / seconds_of(lambda: a @ a, device)
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'
     row = dict(what=what, device=name, **said, seconds=round(seconds, 5))
     row |= {f'{unit}_per_s': round(count / seconds, 2)}
-    row |= dict(peak_gib=round(memory / 2 ** 30, 2), tflop=round(flops / 1e12, 4),
+    row |= dict(peak_gib=memory and round(memory / 2 ** 30, 2), tflop=round(flops / 1e12, 4),
                 mfu=round(flops / seconds / peak, 3), matmul_tflop_per_s=round(peak / 1e12, 3))
     print(json.dumps(row), flush=True)
 

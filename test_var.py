@@ -1409,7 +1409,8 @@ def start(flags: str, out: Path, ranks=0, script=HERE / 'train.py') -> subproces
     torchrun = f'-m torch.distributed.run --standalone --nproc-per-node {ranks}'.split() if ranks else []
     with open(out.with_suffix('.txt'), 'a') as said:
         return subprocess.Popen([sys.executable, *torchrun, str(script), *flags.split(), '--out', str(out)],
-                                stdout=said, stderr=said, env=os.environ | dict(OMP_NUM_THREADS='1'))
+                                stdout=said, stderr=said, env=os.environ | dict(OMP_NUM_THREADS='1'),
+                                start_new_session=True)
 
 
 def said(out: Path) -> str:
@@ -1451,14 +1452,18 @@ many_kills = [pytest.mark.many_kills, pytest.mark.slow]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('ranks, kills', [(0, 3), (2, 3), pytest.param(0, 20, marks=many_kills),
-                                          pytest.param(2, 20, marks=many_kills)])
-def test_a_run_that_is_killed_and_resumed_ends_as_if_nothing_had_been(ranks, kills, tmp_path, calm):
-    """SIGKILL to all its processes at random moments, of which many fall into the writing of a checkpoint."""
+@pytest.mark.parametrize('ranks, kills, data', [
+    (0, 3, 'drawn'), (2, 3, 'folder'), *(pytest.param(ranks, 20, data, marks=many_kills) for ranks in (0, 2)
+                                         for data in ('drawn', 'folder'))])
+def test_a_run_that_is_killed_and_resumed_ends_as_if_nothing_had_been(ranks, kills, data, tmp_path, calm):
+    """SIGKILL to all its processes, SIGTERM to their group or SIGHUP, at random moments, of which many fall
+    into the writing of a checkpoint."""
     seed = random.randrange(10 ** 6)
     print(f'moments of the kills: seed {seed}')
     moments = random.Random(seed)
     flags = STOPPED if kills == 3 else STOPPED + '--vqvae-steps 160 --var-steps 160 --save-every-steps 2 '
+    if data == 'folder':
+        flags += f'--data-dir {write_images(tmp_path / "photos", 80)} --workers 2 '
     out, last = tmp_path / 'run', tmp_path / 'run/last.pt'
     for _ in range(kills):
         before = last.stat().st_mtime_ns if last.exists() else None
@@ -1467,7 +1472,9 @@ def test_a_run_that_is_killed_and_resumed_ends_as_if_nothing_had_been(ranks, kil
             time.sleep(0.01)                                    # until it has come further than the last one
         assert process.poll() is None, said(out)
         time.sleep(moments.uniform(0, 0.5))
-        kill_all(process)
+        moments.choice([kill_all, lambda process: os.killpg(process.pid, signal.SIGTERM),
+                        lambda process: process.send_signal(signal.SIGHUP)])(process)
+        process.wait(timeout=60)
     finish(start('--resume', out, ranks), out)
     assert same_run(out, calm(flags, ranks))
 

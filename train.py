@@ -1099,6 +1099,8 @@ class Stage:
                     tensor.copy_(saved['state'][name])
                 for name in COUNTERS:
                     setattr(self, name, type(getattr(self, name))(saved[name]))
+                self.log = [dict(row) for row in self.log]
+                self.metrics = [{name: float(row[name]) for name in row} for row in self.metrics]
 
 
 # -------------------------------------------------------------------------------------- the folder of a run
