@@ -34,6 +34,7 @@ import sys
 import tempfile
 import time
 import typing
+import unicodedata
 import uuid
 import warnings
 import zipfile
@@ -205,6 +206,12 @@ def one_line(error: Exception) -> str:
 def check(condition: bool, message: str):
     if not condition:
         raise UserError(message)
+
+
+def plain(name: str) -> str:
+    """A name of a file or an argument as it was meant: in locales other than UTF-8, too, and in one piece
+    where Macs take letters apart."""
+    return unicodedata.normalize('NFC', os.fsencode(name).decode('utf-8', 'surrogateescape'))
 
 
 def flag(name: str) -> str:
@@ -930,7 +937,7 @@ def build_parser() -> Parser:
 
 def parse_label(text: str, class_names: list[str]) -> int:
     """A class by its number or its name, in any case; 'null' is none."""
-    names = [*(name.lower() for name in class_names), 'null']
+    names, text = [*(name.lower() for name in class_names), 'null'], plain(text)
     if text.lower() in names:
         return names.index(text.lower())
     check(text.isdecimal() and int(text) < len(class_names), f'--labels {text}: no such class; there are '
@@ -953,6 +960,8 @@ def check_flags(args: argparse.Namespace):
               f'{flag(name)}: needs {" or ".join(map(flag, others))}')
     for pair in EXCLUDE:
         check(not given.keys() >= {*pair}, f'{", ".join(map(flag, pair))}: say one or the other')
+    check(not (args.out or args.compare) or (args.count or 1) <= 10_000, f'--count {args.count}: one picture '
+          'shows 10,000 at most; more of them go to --npz or --png-dir alone')
     y0, x0, y1, x1 = args.box or (0, 0, 1, 1)
     check(y0 < y1 and x0 < x1, f'--box {y0} {x0} {y1} {x1}: must go from the upper left to the lower right')
     for name in given.keys() & ENDINGS:

@@ -337,7 +337,7 @@ def find_images(folder: Path) -> tuple[list[tuple[str, str]], str]:
                 if class_name is None:
                     reason = 'outside of class folders'
                 elif name.lower().endswith(endings):
-                    images.append((path, class_name))
+                    images.append((path, sample.plain(class_name)))
                 else:
                     reason = os.path.splitext(name)[1].lower() or 'without an ending'
             elif not os.path.isdir(path):
@@ -1354,8 +1354,9 @@ def settings_of(saved: dict, parser: sample.Parser, out: str) -> dict:
     names = vars(parser.parse_args([])).keys() - {*NOT_SAVED}
     with sample.what_a_file_holds(unlike):
         settings = dict(saved['settings'])
+        parts = [saved[name] for name in ('weights', 'optimizers', 'state')]
         is_like = SAVED <= saved.keys() and saved['stage'] in ('vqvae', 'var') and settings.keys() == names
-        check(is_like, unlike)
+        check(is_like and all(isinstance(part, dict) for part in parts), unlike)
         for name, value in settings.items():
             if isinstance(value, bool):
                 words.append(sample.flag(name) if value else f'--no-{sample.flag(name)[2:]}')

@@ -71,8 +71,9 @@ class VARConfig:
     def __post_init__(self):
         for name in ('depth', 'num_classes', 'vocab_size', 'z_channels'):
             most = 200 if name == 'depth' else 2 ** 30
-            if not 1 <= getattr(self, name) <= most:
-                raise ValueError(f'{name}={getattr(self, name)}: must be at least 1 and at most {most}')
+            value = getattr(self, name)
+            if isinstance(value, bool) or not 1 <= value <= most:
+                raise ValueError(f'{name}={value}: must be at least 1 and at most {most}')
         for name in ('label_dropout', 'stochastic_depth'):
             if not 0 <= (getattr(self, name) or 0) < 1:
                 raise ValueError(f'{name}={getattr(self, name)}: must lie in [0, 1)')

@@ -64,8 +64,9 @@ class VQVAEConfig:
     def __post_init__(self):
         for name in ('image_size', 'patch_size', 'channels', 'res_blocks', 'z_channels', 'vocab_size'):
             most = 200 if name == 'res_blocks' else 2 ** 30
-            if not 1 <= getattr(self, name) <= most:
-                raise ValueError(f'{name}={getattr(self, name)}: must be at least 1 and at most {most}')
+            value = getattr(self, name)
+            if isinstance(value, bool) or not 1 <= value <= most:
+                raise ValueError(f'{name}={value}: must be at least 1 and at most {most}')
         if self.channels % 32:
             raise ValueError(f'channels={self.channels}: must be a multiple of 32, the groups of GroupNorm')
         if not self.channel_mults or min(self.channel_mults) < 1:

@@ -165,7 +165,8 @@ def flags_of_sample(folder: Path, chance: random.Random):
     files = 'run run/var.pt run/vqvae.pt nowhere photo.png new.png new.npz new/x.jpg new.pt'.split()
     flags = flags_of(sample.build_parser(), chance, files, chance.choice([1, 2, 3, 5]))
     flags = [flag for flag in flags if flag != '--official']        # which would be downloaded
-    return sample.main, ['run/var.pt', '--count', '2', *flags]
+    count = chance.choice([*NUMBERS, '2', '2', '2']).replace('2000000', '20')       # which would be drawn
+    return sample.main, ['run/var.pt', *flags, '--count', count]
 
 
 def damaged_model(folder: Path, chance: random.Random):
