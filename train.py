@@ -365,7 +365,7 @@ def find_splits(folder: Path) -> tuple[list, list]:
     """(path, class) of the images in train/<class>/, or in <class>/ where there are no splits; of those in
     val/<class>/, if any. Says what it leaves out."""
     check(folder.is_dir(), f'--data-dir {folder}: no such folder')
-    names, splits = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()), []
+    names, splits = sorted(name for name in os.listdir(folder) if (folder / name).is_dir()), []
     wanted, is_split = 'wanted are train/<class>/*.jpg and perhaps val/<class>/*.jpg', 'train' in names
     others = [f'{name}/' for name in names if re.fullmatch(SPLIT, name.lower())]
     others += [f'{name}/train/' for name in names if (folder / name / 'train').is_dir()]
@@ -1152,8 +1152,8 @@ def alone_in(out: Path):
             except BlockingIOError:
                 time.sleep(0.1)
                 continue
-            except OSError:
-                pass
+            except OSError as error:
+                say(f'note: {out} has no locks ({error.strerror}), so nothing keeps a second run out')
             if os.fstat(file.fileno()).st_nlink:                # or the run that ends takes it away
                 try:
                     yield
