@@ -1461,7 +1461,7 @@ def test_a_run_that_is_killed_and_resumed_ends_as_if_nothing_had_been(ranks, kil
     seed = random.randrange(10 ** 6)
     print(f'moments of the kills: seed {seed}')
     moments = random.Random(seed)
-    flags = STOPPED if kills == 3 else STOPPED + '--vqvae-steps 160 --var-steps 160 --save-every-steps 2 '
+    flags = STOPPED if kills == 3 else STOPPED + '--vqvae-steps 320 --var-steps 320 --save-every-steps 2 '
     if data == 'folder':
         flags += f'--data-dir {write_images(tmp_path / "photos", 80)} --workers 2 '
     out, last = tmp_path / 'run', tmp_path / 'run/last.pt'
