@@ -26,8 +26,8 @@ sys.path[:0] = [str(ROOT), str(HERE)]
 import fuzz                                                                             # noqa: E402
 import sample                                                                           # noqa: E402
 import train                                                                            # noqa: E402
-from test_var import (STOPPED, TINY, calm, complaint, curve, finish, folder_data, kill_all,  # noqa: E402, F401
-                      losses, resume, said, same_run, seeded, start, tiny_run, write_images)
+from test_var import (STOPPED, TINY, calm, complaint, curve, finish, folder_data, heed_hangup,   # noqa: E402, F401
+                      kill_all, losses, resume, said, same_run, seeded, start, tiny_run, write_images)
 
 # -------------------------------------------------------------------------------------------------- images
 RAMP = np.linspace(0, 1, 64)[None].repeat(64, 0)                # dark at the left, bright at the right
@@ -220,10 +220,12 @@ def test_a_run_whose_terminal_or_pipe_closes_saves_before_it_ends(way, tmp_path,
     if way == 'terminal':
         pid, terminal = pty.fork()
         if pid == 0:
+            heed_hangup()
             os.execve(sys.executable, command, env)
     else:
         terminal, theirs = os.pipe()
-        pid = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=env).pid
+        options = dict(stdout=theirs, stderr=theirs, env=env, preexec_fn=heed_hangup)
+        pid = subprocess.Popen(command, **options).pid
         os.close(theirs)
     os.set_blocking(terminal, False)
     while not ((out / 'var.csv').exists() and len(curve(out, 'var')) > 1):
