@@ -21,7 +21,6 @@ else is needed to draw. Shapes stand in the names of tensors as in vqvae.py and 
 import argparse
 import ctypes
 import difflib
-import errno
 import functools
 import http.client
 import json
@@ -29,6 +28,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -49,6 +49,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps, PngImagePlugin
+from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -92,13 +93,15 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f'{message}{meant} (--help lists the flags)')
 
 
-def number(kind: type, wanted: str, fits):
-    """An argparse type: an int or a float that fits; what is wanted, its error says."""
+def number(kind: type, wanted: str, fits, most: int = 2 ** 31 - 1):
+    """An argparse type: an int (not above `most`) or a float that fits; what is wanted, its error says."""
     def parse(text: str):
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
+        if kind is int and abs(value) > most:
+            raise argparse.ArgumentTypeError(f'{text}: must be {most} at most')
         if not fits(value):
             raise argparse.ArgumentTypeError(f'{text}: must be {wanted}')
         return value
@@ -106,9 +109,9 @@ def number(kind: type, wanted: str, fits):
     return parse
 
 
-INTEGER = number(int, 'a whole number below 2^31', lambda n: abs(n) < 2 ** 31)
-COUNT = number(int, '1 or more (below 2^31)', lambda n: 1 <= n < 2 ** 31)
-ANY_COUNT = number(int, '0 or more (below 2^31)', lambda n: 0 <= n < 2 ** 31)
+INTEGER = number(int, 'a whole number', lambda n: n == n)
+COUNT = number(int, '1 or more', lambda n: n >= 1)
+ANY_COUNT = number(int, '0 or more', lambda n: n >= 0)
 STRENGTH = number(float, '0 or more', lambda x: 0 <= x < math.inf)
 POSITIVE = number(float, 'above 0', lambda x: 0 < x < math.inf)
 SHARE = number(float, 'in [0, 1]', lambda x: 0 <= x <= 1)
@@ -128,11 +131,12 @@ def keep_memory():
 
 class Output:
     """stdout or stderr. Work goes on where nobody listens any more (a closed terminal, a pipe whose reader is
-    gone), and what the terminal's encoding lacks is escaped."""
+    gone, a full disk), and what the terminal's encoding lacks is escaped."""
 
     def __init__(self, stream):
-        self.stream = getattr(stream, 'stream', stream)
-        self.stream.reconfigure(errors='backslashreplace')
+        self.stream = getattr(stream, 'stream', stream) or open(os.devnull, 'w')        # None: closed by >&-
+        if hasattr(self.stream, 'reconfigure'):
+            self.stream.reconfigure(errors='backslashreplace')
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -140,9 +144,9 @@ class Output:
     def attempt(self, act, *given):
         try:
             return act(*given)
-        except OSError as error:
-            if error.errno not in (errno.EIO, errno.EPIPE):
-                raise
+        except BlockingIOError:                             # it is written later
+            pass
+        except OSError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def write(self, text: str):
@@ -160,10 +164,19 @@ def bound_memory():
         free, swap, used = (1024 * int(re.search(rf'{name}:\s+(\d+) kB', texts[file])[1]) for file, name in (
             ('meminfo', 'MemAvailable'), ('meminfo', 'SwapFree'), ('self/status', 'VmData')))
         limit, most = resource.getrlimit(resource.RLIMIT_DATA)
+        allowed = min(limit_of_container(name) for name in ('memory.max', 'memory/memory.limit_in_bytes'))
         if limit == resource.RLIM_INFINITY:
-            resource.setrlimit(resource.RLIMIT_DATA, (used + free + swap, most))
+            resource.setrlimit(resource.RLIMIT_DATA, (int(min(used + free + swap, allowed)), most))
     except (ImportError, AttributeError, OSError, TypeError, ValueError):               # other systems
         pass
+
+
+def limit_of_container(name: str) -> float:
+    """The first number in a file of cgroups, of version 2 or 1; infinite where there is none."""
+    try:
+        return float(Path('/sys/fs/cgroup', name).read_text().split()[0].replace('max', 'inf'))
+    except (OSError, ValueError, IndexError):
+        return math.inf
 
 
 def run_command(main):
@@ -181,7 +194,8 @@ def run_command(main):
             line = ('out of memory; take fewer images at once, by --batch-size, or in training (and beside '
                     f'--resume) by --micro-batch-size or --activation-checkpointing ({line})')
         elif isinstance(error, RuntimeError):               # a bug, unless another process is gone
-            if not ('TORCHELASTIC_RUN_ID' in os.environ and re.search('gloo|nccl', line, re.I)):
+            is_lost = isinstance(error, dist.DistError) or re.search('gloo|nccl', line, re.I)
+            if not ('TORCHELASTIC_RUN_ID' in os.environ and is_lost):
                 raise
             line = f'lost another process, which may have said why ({line})'
         rank = os.environ.get('RANK', '0')                  # set by torchrun
@@ -196,7 +210,8 @@ def run_command(main):
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or 'allocate memory' in str(error)
+    return (isinstance(error, (torch.OutOfMemoryError, MemoryError)) or
+            bool(re.search('allocate memory|out of memory|not enough memory', str(error))))
 
 
 def one_line(error: Exception) -> str:
@@ -246,16 +261,29 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def start_processes():
-    """Under torchrun, joins the other processes. Each has all weights, and its share of each batch."""
-    if 'TORCHELASTIC_RUN_ID' in os.environ:
-        backend = 'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo'
-        rank, count, port = (int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE', 'MASTER_PORT'))
-        store, timeout = None, timedelta(minutes=30)
-        if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
-            store = dist.TCPStore(os.environ['MASTER_ADDR'], port, timeout=timeout)
-            store = dist.PrefixStore(name_of_start(store, rank, count), store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
+def start_processes() -> str | None:
+    """Under torchrun, joins the other processes. Each has all weights, and its share of each batch. Returns a
+    name of this torchrun, which stays when it restarts them."""
+    if 'TORCHELASTIC_RUN_ID' not in os.environ:
+        return None
+    stop_with_parent()
+    backend = 'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo'
+    rank, count, port = (int(os.environ[name]) for name in ('RANK', 'WORLD_SIZE', 'MASTER_PORT'))
+    launch, store, timeout = None, None, timedelta(minutes=30)
+    if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+        store = dist.TCPStore(os.environ['MASTER_ADDR'], port, timeout=timeout)
+        launch = store.compare_set('launch', '', uuid.uuid4().hex).decode()
+        store = dist.PrefixStore(name_of_start(store, rank, count), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
+    return launch
+
+
+def stop_with_parent():
+    """On Linux, torchrun's end, by whatever signal, asks this process to stop: else it would go on alone."""
+    try:
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)          # PR_SET_PDEATHSIG
+    except (OSError, AttributeError, TypeError):
+        pass
 
 
 def name_of_start(store: dist.Store, rank: int, count: int) -> str:
@@ -269,7 +297,11 @@ def name_of_start(store: dist.Store, rank: int, count: int) -> str:
         name = store.get(f'answer to {mine}').decode()
         store.add(f'came to {name}', 1)
         return name
+    began = time.monotonic()
     while store.add(f'came to {mine}', 0) < count - 1:
+        if time.monotonic() - began > 10:
+            print(f'waits for the other {count - 1} processes', file=sys.stderr, flush=True)
+            began = math.inf
         for key in [f'rank {other}' for other in range(1, count)]:
             if store.check([key]):
                 store.set(f'answer to {store.get(key).decode()}', mine)
@@ -425,7 +457,9 @@ def as_float(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def frozen(module: torch.nn.Module, path: str | Path) -> torch.nn.Module:
     """The module that a checkpoint held, to be used as it is."""
     for name, weight in module.state_dict().items():
-        check(bool(weight.isfinite().all()), f'{path}: its {name} is not finite; a training that failed, or '
+        with what_a_file_holds(f'{path}: its {name} will not do'):
+            is_finite = weight.layout == torch.strided and bool(weight.isfinite().all())
+        check(is_finite, f'{path}: its {name} is not finite; a training that failed, or '
               'a damaged file: take an earlier one')
     return module.requires_grad_(False).eval()
 
@@ -455,7 +489,7 @@ def load(path: str | Path, device: str | torch.device = 'cpu') -> tuple[VQVAE, V
         var.class_names = list(checkpoint['class_names'])
     for name, kind in SAMPLING.items():
         with what_a_file_holds(f'{path}: its sampling default {name} will not do'):
-            defaults[name] = kind(str(dict(checkpoint['defaults'])[name]))
+            defaults[name] = kind(str({**checkpoint['defaults']}[name]))
     check(checkpoint['defaults'].keys() == SAMPLING.keys(), f'{path}: has other sampling defaults than those '
           f'of {", ".join(SAMPLING)}')
     check(len(var.class_names) == var.config.num_classes and all(isinstance(c, str) for c in var.class_names),
@@ -581,7 +615,7 @@ def read_image(path: str | Path, size: int, random: np.random.Generator | None =
     ground: a colour, seen where the image is transparent.
     """
     shorter = shorter or round(1.125 * size)
-    with Image.open(path) as image:
+    with open(path, 'rb') as file, Image.open(file) as image:   # by a path, turned TIFFs would be garbled
         image.draft('RGB', (2 * shorter, 2 * shorter))    # twice: LANCZOS has the last word
         image = as_seen(image, ground)
     w, h = image.size
@@ -611,10 +645,16 @@ def as_seen(image: Image.Image, ground: str) -> Image.Image:
 
 def in_8_bits(image: Image.Image) -> Image.Image:
     """Grey of 16 bits a pixel or more. Files of 32 bits or of floating point don't say what is white: it is
-    the least of 1, 255 and 65535 that no pixel exceeds, or else the brightest pixel."""
-    pixels = np.nan_to_num(np.asarray(image, np.float32), posinf=0, neginf=0)
-    is_16_bit = image.mode[:4] == 'I;16' or image.format in ('PNG', 'PPM')
-    white = 65535 if is_16_bit else next((w for w in (1, 255, 65535) if pixels.max() <= w), pixels.max())
+    the least of 1, 255 and 65535 of which no pixel is four times as bright, or else the brightest pixel."""
+    pixels, tags = np.asarray(image), getattr(image, 'tag_v2', {})
+    if image.mode == 'I' and tags.get(SAMPLEFORMAT, (1,))[0] == 1:
+        pixels = pixels.view(np.uint32)                     # unsigned, which Pillow doesn't know
+    pixels = np.nan_to_num(pixels.astype(np.float32), posinf=0, neginf=0)
+    is_16_bit = image.mode[:4] == 'I;16' or image.mode == 'I' and image.format in ('PNG', 'PPM')
+    white = next((w for w in (1, 255, 65535) if pixels.max() <= 4 * w), pixels.max())
+    white = 65535 if is_16_bit else white
+    if tags.get(PHOTOMETRIC_INTERPRETATION) == 0:           # 0 is white
+        pixels = white - pixels
     grey = Image.fromarray(np.rint(255 * (pixels / white).clip(0, 1)).astype(np.uint8))
     if 'transparency' in image.info:                        # the grey that is
         grey.putalpha(Image.fromarray(255 * (pixels != image.info['transparency']).astype(np.uint8)))
@@ -650,7 +690,7 @@ def save_npz(path: Path, images, labels: list[int], class_names: list[str]):
 def read_photograph(said: str, path: str, side: int, ground='white') -> tuple[Tensor, tuple[int, int]]:
     """The central square of an image of any kind, uint8 (3, side, side); the image's own (width, height)."""
     try:
-        with Image.open(path) as image:
+        with open(path, 'rb') as file, Image.open(file) as image:
             frames, size = getattr(image, 'n_frames', 1), as_seen(image, ground).size
         pixels = read_image(path, side, shorter=side, ground=ground)
     except Exception as error:                              # Pillow fails in many ways
@@ -864,8 +904,8 @@ def bench_sampling(tokenizer: VQVAE, var: VAR, count: int, dtype: str, how: dict
 
 
 # ---------------------------------------------------------------------------------------------- command line
-MILLIONS = number(int, '1 to 10,000,000', lambda n: 1 <= n <= 10 ** 7)
-LONG_SEED = number(int, 'in [0, 2^63)', lambda n: 0 <= n < 2 ** 63)
+MILLIONS = number(int, '1 or more', lambda n: n >= 1, most=10 ** 7)
+LONG_SEED = number(int, 'in [0, 2^63)', lambda n: 0 <= n < 2 ** 63, most=10 ** 99)
 FLAGS = {                               # name, type, default, help
     'what to draw': [
         ('official', list(RELEASED), None, "the authors' weights instead of a checkpoint, downloaded once"),

@@ -1471,8 +1471,8 @@ def test_a_run_that_is_killed_and_resumed_ends_as_if_nothing_had_been(ranks, kil
         flags += f'--data-dir {write_images(tmp_path / "photos", 80)} --workers 2 '
     out, last = tmp_path / 'run', tmp_path / 'run/last.pt'
     for _ in range(kills):
-        before = last.stat().st_mtime_ns if last.exists() else None
-        process = start(flags if before is None else '--resume', out, ranks)
+        before = last.stat().st_mtime_ns if last.exists() else None     # between two names, perhaps
+        process = start('--resume' if out.exists() else flags, out, ranks)
         while process.poll() is None and not (last.exists() and last.stat().st_mtime_ns != before):
             time.sleep(0.01)                                    # until it has come further than the last one
         assert process.poll() is None, said(out)

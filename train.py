@@ -20,6 +20,7 @@ import colorsys
 import csv
 import hashlib
 import http.client
+import inspect
 import io
 import itertools
 import math
@@ -97,7 +98,9 @@ def share_of(batch: Tensor) -> Tensor:
 
 def parallel(module: torch.nn.Module) -> torch.nn.Module:
     """The module to train with, whose gradients are averages over all processes."""
-    options = dict(gradient_as_bucket_view=True, broadcast_buffers=False)
+    options = dict(gradient_as_bucket_view=True)
+    known = inspect.signature(DistributedDataParallel).parameters
+    options['forward_sync_buffers' if 'forward_sync_buffers' in known else 'broadcast_buffers'] = False
     return DistributedDataParallel(module, **options) if dist.is_initialized() else module
 
 
@@ -319,19 +322,23 @@ def augment(images_B3HW: Tensor, noise_B3: Tensor, flip: bool, crop: int) -> Ten
 
 IMAGE_ENDINGS = ('.jpg .jpeg .jpe .jfif .png .apng .webp .avif .gif .bmp .dib .ppm .pgm .pbm .pnm .pfm .tif '
                  '.tiff .jp2 .j2k .jpx .tga .ico .psd .qoi').split()
-SPLIT = '(train|trn|valid|validation|val|dev|test|eval)(ing|_?set|_?data|_?images)?'    # as people name one
+SPLIT = '(train|trn|valid|validate|validation|val|dev|test|eval)([ _-]?(ing|set|data|images?|[0-9]+))*'
 
 
 def find_images(folder: Path) -> tuple[list[tuple[str, str]], str]:
     """(path, class) of every image in folder/<class>/ or deeper, by name; what was left out, for people."""
-    images, left_out = [], defaultdict(list)
+    images, left_out, root = [], defaultdict(list), os.path.realpath(folder)
     endings = tuple(Image.registered_extensions().keys() & IMAGE_ENDINGS)   # not every Pillow reads them all
+    seen = {root}                                               # folders, so that none is read twice
 
-    def search(place: str, class_name: str | None, above: list[str]) -> bool:
+    def is_within(real: str) -> bool:
+        return real.startswith(root + os.sep)
+
+    def search(place: str, class_name: str | None, depth: int) -> bool:
         count = len(images)
         for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
-            path, name, real, reason = entry.path, entry.name, os.path.realpath, None
-            if name.startswith('.'):                            # the .DS_Store and ._x.png of Macs
+            path, name, reason = entry.path, entry.name, None
+            if name.startswith(('.', '@eaDir', '__MACOSX')):    # what systems hide: .DS_Store, ._x.png, ...
                 reason = 'hidden'
             elif entry.is_file(follow_symlinks=False) or os.path.isfile(path):
                 if class_name is None:
@@ -342,33 +349,40 @@ def find_images(folder: Path) -> tuple[list[tuple[str, str]], str]:
                     reason = os.path.splitext(name)[1].lower() or 'without an ending'
             elif not os.path.isdir(path):
                 reason = 'links to nowhere' if entry.is_symlink() else 'not files'
-            elif real(path) in above:
-                reason = 'links to a folder above'
-            elif not os.access(path, os.R_OK | os.X_OK):
+            elif (real := os.path.realpath(path)) in seen or is_within(real) and entry.is_symlink():
+                reason = 'links to folders that are read anyway'
+            elif depth > 50 or not os.access(path, os.R_OK | os.X_OK):
                 reason = 'folders that cannot be read'
-            elif not search(path, class_name or name, [*above, real(path)]):
-                reason = 'folders without images'
+            else:
+                seen.add(real)
+                if not search(path, class_name or name, depth + 1):
+                    reason = 'folders without images'
             if reason:
                 left_out[reason].append(os.path.relpath(path, folder))
         return len(images) > count
 
-    search(str(folder), None, [os.path.realpath(folder)])
+    search(str(folder), None, 0)
     return images, '; '.join(f'{reason}: {len(names)} ({some(names)})'
                              for reason, names in sorted(left_out.items()))
 
 
 def some(names: list[str]) -> str:
-    return ', '.join(names[:5]) + ', ...' * (len(names) > 5)
+    return ', '.join(re.sub(r'\s', ' ', name) for name in names[:5]) + ', ...' * (len(names) > 5)
 
 
 def find_splits(folder: Path) -> tuple[list, list]:
     """(path, class) of the images in train/<class>/, or in <class>/ where there are no splits; of those in
     val/<class>/, if any. Says what it leaves out."""
+    def folders_in(place: Path) -> list[str]:
+        names = sorted(os.listdir(place)) if os.access(place, os.R_OK | os.X_OK) else ()
+        return [name for name in names if (place / name).is_dir() and name[0] != '.']
+
     check(folder.is_dir(), f'--data-dir {folder}: no such folder')
-    names, splits = sorted(name for name in os.listdir(folder) if (folder / name).is_dir()), []
+    names, splits = folders_in(folder), []
     wanted, is_split = 'wanted are train/<class>/*.jpg and perhaps val/<class>/*.jpg', 'train' in names
-    others = [f'{name}/' for name in names if re.fullmatch(SPLIT, name.lower())]
-    others += [f'{name}/train/' for name in names if (folder / name / 'train').is_dir()]
+    inner = [] if is_split else [f'{name}/{deeper}' for name in names[:100] for deeper in
+                                 folders_in(folder / name)]
+    others = [f'{name}/' for name in names + inner if re.fullmatch(SPLIT, os.path.basename(name).lower())]
     check(is_split or not others, f'--data-dir {folder}: has {some(others)} but no train/; {wanted}')
     for name in [name for name in ('train', 'val') if name in names] if is_split else ['']:
         images, left_out = find_images(folder / name)
@@ -376,8 +390,14 @@ def find_splits(folder: Path) -> tuple[list, list]:
               f"{left_out or 'nothing'}); {wanted}")
         if left_out:
             say(f'left out of {folder / name}: {left_out}')
+        if len(classes := {class_name for _, class_name in images}) == 1:
+            deeper = {os.path.basename(os.path.dirname(path)) for path, _ in images} - classes
+            if len(deeper) > 1:
+                say(f'note: all of {folder / name} is one class, {classes.pop()}, whose images lie in '
+                    f'{some(sorted(deeper))}; if those are the classes, {wanted}')
         splits.append(images)
-    if is_split and (beside := [f'{name}/' for name in names if name not in ('train', 'val')]):
+    beside = [name for name in sorted(os.listdir(folder)) if is_split and name not in ('train', 'val')]
+    if beside:
         say(f'left out of {folder}: {some(beside)}; only train/ and val/ are read')
     return splits[0], splits[1] if len(splits) > 1 else []
 
@@ -395,11 +415,9 @@ def hold_out(images: list, count: int, random: np.random.Generator) -> tuple[lis
 def usable_cores() -> int:
     """Processors that this process may use: less than all under taskset, in a job or a container."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    try:
-        quota, period = map(int, Path('/sys/fs/cgroup/cpu.max').read_text().split())        # microseconds
-        return max(1, min(cores, quota // period))
-    except (OSError, ValueError):                               # no such limit
-        return cores
+    quotas = [sample.limit_of_container(name) for name in ('cpu.max', 'cpu/cpu.cfs_quota_us')]
+    quota = min(quota for quota in quotas if quota > 0)         # microseconds of 100,000; -1 for none
+    return max(1, int(min(cores, quota / 100_000)))
 
 
 class FolderData(Data):
@@ -884,6 +902,21 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float, but=()) -> lis
     return groups
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict):
+    """Puts back its moments, of which each belongs to a parameter. Raises ValueError if they don't fit: torch
+    would find out in the middle of a step."""
+    parameters = dict(enumerate(w for group in optimizer.param_groups for w in group['params']))
+    if saved.keys() != {'state', 'param_groups'}:
+        raise ValueError('not the state of an optimizer')
+    for i, moments in saved['state'].items():
+        shapes = [() if name == 'step' else parameters[i].shape for name in moments]
+        is_like = moments.keys() in ({'step', 'exp_avg', 'exp_avg_sq'}, {'momentum_buffer'})
+        if not (is_like and all(moment.shape == shape and moment.is_floating_point() for moment, shape in
+                                zip(moments.values(), shapes))):
+            raise ValueError(f'moments of parameter {i} do not fit it')
+    optimizer.load_state_dict(optimizer.state_dict() | dict(state=saved['state']))
+
+
 class Stage:
     """The training of one model: its schedule, optimizers, log, saves and stops.
 
@@ -1094,13 +1127,15 @@ class Stage:
                 for name, network in self.networks.items():
                     unwrapped(network).load_state_dict(saved['weights'][name])
                 for name, optimizer in self.optimizers.items():
-                    optimizer.load_state_dict(saved['optimizers'][name])
+                    load_optimizer(optimizer, saved['optimizers'][name])
                 for name, tensor in self.state.items():
                     tensor.copy_(saved['state'][name])
                 for name in COUNTERS:
                     setattr(self, name, type(getattr(self, name))(saved[name]))
                 self.log = [dict(row) for row in self.log]
                 self.metrics = [{name: float(row[name]) for name in row} for row in self.metrics]
+                check(0 <= self.step < 2 ** 31 and 0 <= self.seconds < 1e9 and 0 <= self.budget < 1e11 and
+                      all(isinstance(name, str) and name for row in self.metrics for name in row), said)
 
 
 # -------------------------------------------------------------------------------------- the folder of a run
@@ -1124,15 +1159,6 @@ def read_resume(out: Path, mmap: bool = False) -> dict | None:
     return None
 
 
-def find_launch() -> tuple[str | None, bool]:
-    """The torchrun that started these processes, if any, and whether once more, after some failed: in all of
-    them alike, though it may count on one machine alone."""
-    name, count = os.environ.get('TORCHELASTIC_RUN_ID'), os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)
-    if name == 'none':                                          # no --rdzv-id was given
-        name = f'{socket.gethostname()} {os.getppid()}'
-    return from_rank_0(name), all_sum(torch.tensor(float(count))).item() > 0
-
-
 @contextmanager
 def alone_in(out: Path):
     """Keeps other runs out of a folder, by a lock that ends with the process. (Windows and some file systems
@@ -1141,7 +1167,11 @@ def alone_in(out: Path):
         import fcntl
     except ImportError:
         fcntl = None
-    if rank() > 0 or not fcntl:
+    if rank() > 0:
+        yield
+        return
+    sample.prepare_folder(out, '--out')
+    if not fcntl:
         yield
         return
     path = out / 'lock'
@@ -1167,15 +1197,15 @@ def claim_folder(out: Path, args: argparse.Namespace, stages: list[str]) -> list
     """Refuses a folder that holds a run, or returns which files are to be removed. A run before its first
     step is none: it may have found too little memory."""
     held = [out / f'{stage}.pt' for stage in stages if (out / f'{stage}.pt').exists()]
-    is_new = args.overwrite
     if not (args.resume or args.overwrite):
         last = read_resume(out, mmap=True)
-        is_new = bool(last) and last.get('step') == 0
-        check(not (held or last and last.get('unfinished', True) and not is_new), f'--out {out}: already '
+        is_new = bool(last) and repr(last.get('step')) == '0'
+        check(not held and (is_new or not last or last.get('unfinished') is False), f'--out {out}: already '
               'holds a run; --resume goes on with it, --overwrite replaces it, or choose another --out')
+        return [out / 'previous.pt'] if is_new else []
     others = [out / name for name in ('previous.pt', 'tokens.bin', 'tokens.txt')]
     kept = [path for path in out.glob('var-*.pt') if path.stem[4:].isdecimal() and 'var' in stages]
-    return [*held, *others, *kept] if is_new else []
+    return [*held, *others, *kept] if args.overwrite else []
 
 
 def tokenizer_for_stage_2(args: argparse.Namespace, out: Path, saved: dict | None) -> VQVAE:
@@ -1223,7 +1253,8 @@ def signals_noted():
 
 # ---------------------------------------------------------------------------------------------- command line
 PART = number(float, 'in (0, 1)', lambda x: 0 < x < 1)
-SEED = number(int, 'in [0, 2^31)', lambda n: 0 <= n < 2 ** 31)
+SEED = number(int, 'in [0, 2^31)', lambda n: 0 <= n < 2 ** 31, most=10 ** 99)
+DURATION = number(float, 'above 0 and below 1e9', lambda x: 0 < x < 1e9)
 SIXTEENS = number(int, 'a multiple of 16', lambda n: n >= 16 and n % 16 == 0)     # groups of its norms
 FLAGS = {                               # name, type, default, help; or a field of VQVAEConfig or VARConfig
     'what most people need first': [
@@ -1232,7 +1263,7 @@ FLAGS = {                               # name, type, default, help; or a field 
         ('out', str, None, 'folder of the run; absent: out/<preset>'),
         ('resume', bool, False, 'go on from the last save in --out'),
         'depth',
-        ('budget_minutes', POSITIVE, None, 'fit the whole schedule into so much training, over all resumes'),
+        ('budget_minutes', DURATION, None, 'fit the whole schedule into so much training, over all resumes'),
         ('device', str, 'auto', 'auto (a GPU where there is one), cpu, cuda, ...'),
         ('dtype', ['auto', 'float32', 'bfloat16'], 'auto', 'of autocast; auto: bfloat16 on a GPU')],
     'data': [
@@ -1249,10 +1280,10 @@ FLAGS = {                               # name, type, default, help; or a field 
         ('tokenizer', str, None, 'vqvae.pt or var.pt for --stage var; absent: vqvae.pt in --out'),
         ('vqvae_steps', COUNT, None, 'of stage 1; absent: --vqvae-epochs'),
         ('var_steps', COUNT, None, 'of stage 2; absent: --var-epochs'),
-        ('vqvae_epochs', POSITIVE, 1.0, 'stage 1 in rounds through the training images'),
-        ('var_epochs', POSITIVE, 1.0, 'stage 2 likewise'),
+        ('vqvae_epochs', DURATION, 1.0, 'stage 1 in rounds through the training images'),
+        ('var_epochs', DURATION, 1.0, 'stage 2 likewise'),
         ('budget_vqvae', PART, 0.3, 'share of --budget-minutes for stage 1, where both are trained'),
-        ('stop_after_minutes', POSITIVE, None, 'save and exit then, to go on by --resume'),
+        ('stop_after_minutes', DURATION, None, 'save and exit then, to go on by --resume'),
         ('batch_size', COUNT, 64, 'images a step over all GPUs'),
         ('vqvae_batch_size', COUNT, None, 'the same of stage 1; absent: --batch-size'),
         ('vqvae_lr', POSITIVE, 4e-3, 'peak learning rate of stage 1 per 256 images of batch'),
@@ -1312,18 +1343,18 @@ def build_parser() -> sample.Parser:
     return parser
 
 
-def parse(argv: list[str], restarted: str | None = None) -> tuple[argparse.Namespace, dict | None]:
+def parse(argv: list[str], launch: str | None = None) -> tuple[argparse.Namespace, dict | None]:
     """The settings: flags, over those of the preset or of the run that goes on; and what that one saved.
-    restarted: the torchrun that starts us another time; what it began goes on without --resume."""
+    launch: the torchrun that starts us, perhaps once more; what it began goes on without --resume."""
     parser, saved = build_parser(), None
     args = parser.parse_args(argv)
     given = {re.sub('^--(no-)?|=.*', '', word).replace('-', '_') for word in argv if word.startswith('--')}
     check(not (args.resume and args.overwrite), '--resume, --overwrite: say one or the other')
     out = args.out or f'out/{args.preset}'
-    if args.resume or restarted:
+    if args.resume or launch:
         saved = read_resume(Path(out))
-    if restarted and saved and not args.resume:
-        saved = saved if saved.get('launch') == restarted else None
+    if saved and not args.resume and saved.get('launch') != launch:
+        saved = None
     check(saved is not None or not args.resume, f'--resume: {out} holds no run that can be resumed; start '
           'one without it')
     if saved:
@@ -1433,8 +1464,8 @@ def bench(args: argparse.Namespace, device: torch.device):
     sample.bench_sampling(tokenizer, var, B, args.dtype, how, compile=args.compile)
 
 
-def open_run(args: argparse.Namespace, saved: dict | None, device: torch.device,
-             at_the_end: ExitStack) -> tuple[SimpleNamespace, VQVAE, list[str]]:
+def open_run(args: argparse.Namespace, saved: dict | None, device: torch.device, at_the_end: ExitStack,
+             is_locked: bool) -> tuple[SimpleNamespace, VQVAE, list[str]]:
     """What both stages share, the tokenizer, and the stages to train. Complains of all that can be seen
     before the first step."""
     stages = ['vqvae', 'var'] if args.stage == 'both' else [args.stage]
@@ -1447,10 +1478,12 @@ def open_run(args: argparse.Namespace, saved: dict | None, device: torch.device,
     config = tokenizer.config
     if 'var' in stages or 'order' in args.given:
         make(VARConfig, args, num_classes=1, scales=config.scales)              # complains early
-    sample.prepare_folder(out, '--out')
-    at_the_end.enter_context(alone_in(out))
+    if not is_locked:
+        at_the_end.enter_context(alone_in(out))
     replaced = claim_folder(out, args, stages)
     data = load_data(args, config.image_size, device)
+    if isinstance(data, FolderData):
+        at_the_end.callback(data.workers.shutdown, wait=False, cancel_futures=True)
     check(saved is None or saved['data'] == data.fingerprint, f'--data-dir {args.data_dir}: holds other '
           'images than the run to resume was trained on; name those, or start anew in another --out')
     if 'vqvae' in stages:
@@ -1460,11 +1493,15 @@ def open_run(args: argparse.Namespace, saved: dict | None, device: torch.device,
 
 
 def main(argv: list[str]):
-    began = time.monotonic()
-    start_processes()
-    launch, is_restarted = find_launch()
+    began, launch = time.monotonic(), start_processes()
     with ExitStack() as at_the_end:
+        is_restarted = from_rank_0(int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0)
         with rank_0_first():                                    # who also downloads for all
+            first = build_parser().parse_args(argv)
+            out = Path(first.out or f'out/{first.preset}')
+            is_locked = out.is_dir() and not first.bench        # before its save is read
+            if is_locked:
+                at_the_end.enter_context(alone_in(out))
             args, saved = parse(argv, launch if is_restarted else None)
             device = sample.choose_device(args.device)
             torch.manual_seed(args.seed)
@@ -1473,8 +1510,8 @@ def main(argv: list[str]):
             if args.bench:
                 check(world_size() == 1, '--bench: times one process')
                 return bench(args, device)
-            run, tokenizer, stages = open_run(args, saved, device, at_the_end)
-        run.began, run.launch, out, data, config = began, launch, run.out, run.data, tokenizer.config
+            run, tokenizer, stages = open_run(args, saved, device, at_the_end, is_locked)
+        run.began, run.launch, data, config = began, launch, run.data, tokenizer.config
         seen = [data.fingerprint, saved and f"{saved['stage']} {saved['step']}"]
         of_rank_0 = from_rank_0(seen)
         check(seen == of_rank_0, f'--data-dir {args.data_dir}, --out {out}: other images or another save '

@@ -1,6 +1,6 @@
 """Throws random flags, damaged files, odd images and odd folders at train.py and sample.py.
 
-    python notebooks/fuzz.py --count 5000 --seed 0      # a quarter of an hour on two cores
+    python notebooks/fuzz.py --count 5000 --seed 0      # about ten minutes on two cores
 
 Each case must end well, or with exit status 2 and one line that begins with 'error: '; without a traceback,
 without a warning, within a minute, and without a half-written file. A case follows from the seed and its own
@@ -79,8 +79,8 @@ def damage(path: Path, chance: random.Random):
         return
     place = whole = torch.load(path, weights_only=True)
     while True:                                             # down to some leaf
-        key = chance.choice([*place])
-        if not (isinstance(place[key], dict) and place[key] and chance.random() < 0.9):
+        key = chance.choice([*place] if isinstance(place, dict) else range(len(place)))
+        if not (isinstance(place[key], (dict, list)) and place[key] and chance.random() < 0.9):
             break
         place = place[key]
     others = [None, -1, 0, 3, 2 ** 31, 2 ** 70, 1e39, float('nan'), 'x', '', [], {}, (1, 2, 8), True,
@@ -158,7 +158,10 @@ def odd_folder(folder: Path, chance: random.Random):
 # ----------------------------------------------------------------------------------------------------- cases
 def flags_of_train(folder: Path, chance: random.Random):
     files = ['run', 'run/var.pt', 'run/vqvae.pt', 'run/var.csv', 'nowhere', 'photo.png', 'new']
-    return train.main, [*TINY, *flags_of(train.build_parser(), chance, files, chance.choice([1, 1, 2, 3]))]
+    flags = flags_of(train.build_parser(), chance, files, chance.choice([1, 1, 2, 3]))
+    is_timed = {*flags} & {'--budget-minutes', '--vqvae-epochs', '--var-epochs'}    # instead of steps
+    steps = TINY.index('--vqvae-steps')
+    return train.main, [*TINY[:steps], *TINY[steps + 4 if is_timed else steps:], *flags]
 
 
 def flags_of_sample(folder: Path, chance: random.Random):
@@ -181,6 +184,8 @@ def damaged_run(folder: Path, chance: random.Random):
         shutil.copy(folder / 'run/previous.pt', folder / 'run/last.pt')
     name = chance.choice(['last.pt', 'last.pt', 'previous.pt', 'vqvae.pt', 'var.pt'])
     damage(folder / 'run' / name, chance)
+    if chance.random() < 0.2:
+        os.remove(folder / 'run' / chance.choice(['vqvae.pt', 'var.pt', 'previous.pt', 'last.pt']))
     if chance.random() < 0.3:
         path = folder / 'run' / chance.choice(['tokens.bin', 'tokens.txt'])
         content = path.read_bytes()[:chance.randrange(path.stat().st_size + 1)]
@@ -207,7 +212,8 @@ CASES = [flags_of_train, flags_of_sample, damaged_model, damaged_run, image_to_e
 def make_run(folder: Path):
     """What the cases start from."""
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        train.main([*TINY, '--stop-after-minutes', '9', '--cache-tokens', '--out', str(folder / 'run')])
+        steps = '--vqvae-steps 4 --var-steps 4 --stop-after-minutes 9 --cache-tokens'.split()
+        train.main([*TINY, *steps, '--out', str(folder / 'run')])
     images, _ = train.draw_shapes(1, 0)
     sample.save_image(folder / 'photo.png', sample.grid(images, 1))
 
