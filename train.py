@@ -984,7 +984,9 @@ class Stage:
 
     def stop(self):
         processes = os.environ.get('LOCAL_WORLD_SIZE')
-        launcher = f'torchrun --nproc-per-node {processes}' if processes else 'python'
+        machines = os.environ.get('GROUP_WORLD_SIZE', '1')
+        many = f'--nnodes {machines} --node-rank ... ' if machines != '1' else ''
+        launcher = f'torchrun {many}--nproc-per-node {processes}' if processes else 'python'
         say(f'stopped at step {self.step} of {self.total} of {self.name}, all saved; to go on: '
             f'{launcher} train.py --resume --out {shlex.quote(str(self.run.out))}')
         raise Stop(128 + self.signal if self.signal else 0)
