@@ -25,10 +25,10 @@ from PIL.TiffImagePlugin import PHOTOMETRIC_INTERPRETATION, SAMPLEFORMAT
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
-import fuzz                                                                             # noqa: E402
-import sample                                                                           # noqa: E402
-import train                                                                            # noqa: E402
-from test_var import (STOPPED, TINY, calm, complaint, curve, finish, folder_data, heed_hangup,   # noqa: E402, F401
+import fuzz
+import sample
+import train
+from test_var import (STOPPED, TINY, calm, complaint, curve, finish, folder_data, heed_hangup,
                       kill_all, losses, resume, said, same_run, seeded, start, tiny_run, write_images)
 
 # -------------------------------------------------------------------------------------------------- images
@@ -225,7 +225,7 @@ def photos(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize('name, to_group', [('SIGTERM', True), ('SIGHUP', False), ('SIGUSR1', True),
                                             ('SIGUSR2', False), ('SIGXCPU', False)])
-def test_whatever_signal_asks_for_it_a_stop_saves(name, to_group, photos, tmp_path, calm):  # noqa: F811
+def test_whatever_signal_asks_for_it_a_stop_saves(name, to_group, photos, tmp_path, calm):
     """Whether it is sent to the process or to all of its group, twice, while threads read images."""
     flags = STOPPED + f'--data-dir {photos} --workers 2 '
     out, number = tmp_path / 'run', getattr(signal, name)
@@ -240,7 +240,7 @@ def test_whatever_signal_asks_for_it_a_stop_saves(name, to_group, photos, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize('way', ['terminal', 'pipe'])
-def test_a_run_whose_terminal_or_pipe_closes_saves_before_it_ends(way, tmp_path, calm):     # noqa: F811
+def test_a_run_whose_terminal_or_pipe_closes_saves_before_it_ends(way, tmp_path, calm):
     out = tmp_path / 'run'
     command = [sys.executable, f'{ROOT}/train.py', *STOPPED.split(), '--out', str(out)]
     env = os.environ | dict(OMP_NUM_THREADS='1')
@@ -271,7 +271,7 @@ def test_a_run_whose_terminal_or_pipe_closes_saves_before_it_ends(way, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGUSR1, signal.SIGKILL])
-def test_when_torchrun_itself_is_ended_its_processes_save_and_stop(number, tmp_path, calm):          # noqa: F811
+def test_when_torchrun_itself_is_ended_its_processes_save_and_stop(number, tmp_path, calm):
     out = tmp_path / 'run'
     process = torchrun('--standalone --nproc-per-node 2', STOPPED, out)
     until_stage_2(process, out)
@@ -320,7 +320,7 @@ def torchrun(options: str, flags: str, out: Path, before=(), env=()) -> subproce
 
 @pytest.mark.slow
 @pytest.mark.parametrize('interval, victim, more', [('0.1', 0, '--overwrite'), ('3', 1, '')])
-def test_what_torchrun_restarts_goes_on_by_itself(interval, victim, more, tiny_run, tmp_path, calm):  # noqa: F811
+def test_what_torchrun_restarts_goes_on_by_itself(interval, victim, more, tiny_run, tmp_path, calm):
     """A rank is killed twice; with --overwrite, the run that it replaces isn't taken for its own."""
     out = tmp_path / 'run'
     if more:
@@ -341,7 +341,7 @@ def test_what_torchrun_restarts_goes_on_by_itself(interval, victim, more, tiny_r
 
 
 @pytest.mark.slow
-def test_a_run_that_is_refused_is_not_taken_over_by_a_restart(tiny_run, tmp_path):          # noqa: F811
+def test_a_run_that_is_refused_is_not_taken_over_by_a_restart(tiny_run, tmp_path):
     out = shutil.copytree(tiny_run, tmp_path / 'run')
     before = (out / 'last.pt').read_bytes()
     finish(torchrun('--standalone --max-restarts 1 --nproc-per-node 1', TINY, out), out, 1)
@@ -349,7 +349,7 @@ def test_a_run_that_is_refused_is_not_taken_over_by_a_restart(tiny_run, tmp_path
 
 
 @pytest.mark.slow
-def test_a_folder_belongs_to_one_run_at_a_time(tiny_run, tmp_path, capsys, monkeypatch):    # noqa: F811
+def test_a_folder_belongs_to_one_run_at_a_time(tiny_run, tmp_path, capsys, monkeypatch):
     out = tmp_path / 'run'
     process = start(STOPPED + '--var-steps 100000 --log-every-steps 9999 --save-every-steps 9999', out)
     while not (out / 'vqvae.pt').exists():
@@ -422,7 +422,7 @@ hashlib.md5 = refuse
 
 @pytest.mark.slow
 @pytest.mark.parametrize('setting', [WINDOWS, FIPS], ids=['as on Windows', 'where md5 is refused'])
-def test_a_run_and_a_resume_do_without_what_some_machines_lack(setting, tiny_run, tmp_path):        # noqa: F811
+def test_a_run_and_a_resume_do_without_what_some_machines_lack(setting, tiny_run, tmp_path):
     photos = write_images(tmp_path / 'photos', 80)
     done = run_as(setting, TINY + f'--data-dir {photos} --cache-tokens', tmp_path)
     assert done.returncode == 0 and 'done in' in done.stdout, done.stderr
@@ -474,13 +474,13 @@ def test_names_in_any_alphabet_go_through_terminals_of_any_encoding(env, tmp_pat
     ('--cfg 1e39', 'not finite, at cfg=1e+39; a lower --cfg'), ('--cfg 1e999', '1e999: must be 0 or more'),
     ('--temperature 1e-320', 'a higher --temperature'), ('--count 20000000', 'must be 10000000 at most'),
     ('--top-k -1', '--top-k -1: must be 0 or more'), (f'--seed {2 ** 63}', 'must be in [0, 2^63)')])
-def test_numbers_that_go_wrong_are_named(flags, words, tiny_run, tmp_path, capsys, monkeypatch):    # noqa: F811
+def test_numbers_that_go_wrong_are_named(flags, words, tiny_run, tmp_path, capsys, monkeypatch):
     arguments = [tiny_run / 'var.pt', '--out', tmp_path / 'x.png', *flags.split()]
     assert words in complaint(sample.main, arguments, capsys, monkeypatch)
     assert not [*tmp_path.iterdir()]
 
 
-def test_the_least_top_p_keeps_the_likeliest_token_alone(tiny_run, tmp_path):                # noqa: F811
+def test_the_least_top_p_keeps_the_likeliest_token_alone(tiny_run, tmp_path):
     tokenizer, var, _ = sample.load(tiny_run / 'var.pt')
     noise_BL = torch.rand(4, 69)
     draw = partial(var.generate, tokenizer, torch.arange(4), noise_BL=noise_BL, return_tokens=True)
@@ -492,7 +492,7 @@ def test_the_least_top_p_keeps_the_likeliest_token_alone(tiny_run, tmp_path):   
 @pytest.mark.skipif(not Path('/proc/meminfo').exists(), reason='of Linux alone')
 @pytest.mark.parametrize('command', ['train.py --bench --batch-size 2000000',
                                      'sample.py RUN/var.pt --bench --batch-size 2000000'])
-def test_a_batch_beyond_all_memory_is_named_and_not_killed(command, tiny_run, tmp_path):     # noqa: F811
+def test_a_batch_beyond_all_memory_is_named_and_not_killed(command, tiny_run, tmp_path):
     command = f'{ROOT}/{command}'.replace('RUN', str(tiny_run)).split()
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith('error: out of memory; take fewer'), done.stderr
@@ -538,7 +538,7 @@ def machines():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not can_make_namespaces(), reason='needs `ip netns add`: iproute2, and the right to')
-def test_two_machines_do_what_one_does_and_go_on_when_one_was_lost(machines, tmp_path, calm):        # noqa: F811
+def test_two_machines_do_what_one_does_and_go_on_when_one_was_lost(machines, tmp_path, calm):
     def launch(i: int) -> subprocess.Popen:
         name, interface, _ = machines[i]
         options = f'--nnodes 2 --node-rank {i} --master-addr {machines[0][2]} --max-restarts 3'
