@@ -1785,7 +1785,11 @@ def test_a_run_is_not_written_over_unless_asked(tiny_run, tmp_path, capsys, monk
 
 @pytest.mark.parametrize('damage', [
     lambda c: c['settings'].pop('flip'), lambda c: c.pop('optimizers'), lambda c: c.update(step='x'),
-    lambda c: c['weights']['model'].popitem(), lambda c: c['optimizers']['model'].popitem()])
+    lambda c: c['weights']['model'].popitem(), lambda c: c['optimizers']['model'].popitem(),
+    lambda c: c['optimizers']['model']['state'][0].update(exp_avg=torch.zeros(3)),
+    lambda c: c['optimizers']['model']['state'][1].pop('exp_avg_sq'), lambda c: c.update(budget=math.nan),
+    lambda c: c.update(step=-1), lambda c: c.update(stage='x'), lambda c: c['settings'].update(depth='x'),
+    lambda c: c.update(log=['x'])])
 def test_a_save_of_another_kind_is_refused_and_left_alone(damage, tiny_run, tmp_path, capsys, monkeypatch):
     out = shutil.copytree(tiny_run, tmp_path / 'run')
     saved = torch.load(out / 'last.pt', weights_only=True)
