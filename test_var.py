@@ -1427,6 +1427,14 @@ def finish(process: subprocess.Popen, out: Path, status=0) -> Path:
     return out
 
 
+def time_of(path: Path) -> int | None:
+    """When it was written; None while it isn't there, as between two names of a save."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
 def kill_all(process: subprocess.Popen):
     """SIGKILL to a process and all its descendants at once: the plug is pulled."""
     table = subprocess.run(['ps', '-e', '-o', 'pid=,ppid='], capture_output=True, text=True).stdout
@@ -1471,9 +1479,9 @@ def test_a_run_that_is_killed_and_resumed_ends_as_if_nothing_had_been(ranks, kil
         flags += f'--data-dir {write_images(tmp_path / "photos", 80)} --workers 2 '
     out, last = tmp_path / 'run', tmp_path / 'run/last.pt'
     for _ in range(kills):
-        before = last.stat().st_mtime_ns if last.exists() else None     # between two names, perhaps
+        before = time_of(last)
         process = start('--resume' if out.exists() else flags, out, ranks)
-        while process.poll() is None and not (last.exists() and last.stat().st_mtime_ns != before):
+        while process.poll() is None and time_of(last) in (None, before):
             time.sleep(0.01)                                    # until it has come further than the last one
         assert process.poll() is None, said(out)
         time.sleep(moments.uniform(0, 0.5))

@@ -29,7 +29,8 @@ import fuzz
 import sample
 import train
 from test_var import (STOPPED, TINY, calm, complaint, curve, finish, folder_data, heed_hangup,
-                      kill_all, losses, resume, said, same_run, seeded, start, tiny_run, write_images)
+                      kill_all, losses, resume, said, same_run, seeded, start, time_of, tiny_run,
+                      write_images)
 
 # -------------------------------------------------------------------------------------------------- images
 RAMP = np.linspace(0, 1, 64)[None].repeat(64, 0)                # dark at the left, bright at the right
@@ -329,8 +330,8 @@ def test_what_torchrun_restarts_goes_on_by_itself(interval, victim, more, tiny_r
     process = torchrun(f'--standalone --max-restarts 2 --monitor-interval {interval} --nproc-per-node 2',
                        STOPPED + more, out)
     for _ in range(2):
-        before = last.stat().st_mtime_ns if last.exists() else None
-        while not (last.exists() and last.stat().st_mtime_ns != before and len(ranks_of(process)) == 2):
+        before = time_of(last)
+        while time_of(last) in (None, before) or len(ranks_of(process)) < 2:
             assert process.poll() is None, said(out)
             time.sleep(0.02)
         time.sleep(0.3)
