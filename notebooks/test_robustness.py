@@ -134,6 +134,7 @@ def test_what_every_viewer_opens_is_read_without_a_warning(tmp_path):
         CLEAR.quantize(8).save(folder / f'{i}.png')
     text = PngImagePlugin.PngInfo()
     text.add_text('workflow', 'x' * 3_000_000, zip=True)
+    text.add_text('Raw profile type exif', '\nexif\n      10\nno hexadecimals\n')
     WIDE.save(folder / 'text.png', pnginfo=text)
     Image.new('1', (14_000, 14_000), 1).save(folder / 'large.png')
     command = [sys.executable, f'{ROOT}/train.py', *TINY.split(), '--data-dir', str(tmp_path / 'photos'),
