@@ -1000,8 +1000,6 @@ def check_flags(args: argparse.Namespace):
               f'{flag(name)}: needs {" or ".join(map(flag, others))}')
     for pair in EXCLUDE:
         check(not given.keys() >= {*pair}, f'{", ".join(map(flag, pair))}: say one or the other')
-    check(not (args.out or args.compare) or (args.count or 1) <= 10_000, f'--count {args.count}: one picture '
-          'shows 10,000 at most; more of them go to --npz or --png-dir alone')
     y0, x0, y1, x1 = args.box or (0, 0, 1, 1)
     check(y0 < y1 and x0 < x1, f'--box {y0} {x0} {y1} {x1}: must go from the upper left to the lower right')
     for name in given.keys() & ENDINGS:
