@@ -399,17 +399,14 @@ def run_as(setting: str, flags: str, folder: Path, **env) -> subprocess.Complete
 
 WINDOWS = """
 import os, signal, sys
-for name in 'fork setsid setpgrp killpg getppid_ sched_getaffinity statvfs mkfifo geteuid'.split():
-    if hasattr(os, name):
-        delattr(os, name)
+for name in 'fork setsid setpgrp killpg sched_getaffinity statvfs mkfifo geteuid'.split():
+    delattr(os, name)
 for name in 'SIGHUP SIGUSR1 SIGUSR2 SIGXCPU SIGALRM SIGKILL SIGQUIT'.split():
     delattr(signal, name)
 for name in ('fcntl', 'resource', 'pwd', 'grp', 'termios'):
     sys.modules[name] = None
-import shutil
-shutil.disk_usage = lambda path: (0, 0, 2 ** 40)
-shutil._ntuple_diskusage = None
-shutil.disk_usage = lambda path: __import__('types').SimpleNamespace(free=2 ** 40)
+import shutil, types
+shutil.disk_usage = lambda path: types.SimpleNamespace(free=2 ** 40)       # there it asks nt, not statvfs
 """
 FIPS = """
 import hashlib
