@@ -358,7 +358,8 @@ def test_a_folder_belongs_to_one_run_at_a_time(tiny_run, tmp_path, capsys, monke
         assert process.poll() is None, said(out)
         time.sleep(0.01)
     for flags in (['--resume'], [*STOPPED.split(), '--overwrite']):
-        error = complaint(train.main, [*flags, '--out', out], capsys, monkeypatch)
+        flags = [*flags, '--stop-after-minutes', '0.05', '--out', out]      # else it would go on for ever
+        error = complaint(train.main, flags, capsys, monkeypatch)
         assert 'another run is at work there' in error
     kill_all(process)
     assert (out / 'lock').exists()                              # which keeps nobody out by itself
