@@ -331,9 +331,10 @@ def test_what_torchrun_restarts_goes_on_by_itself(interval, victim, more, tiny_r
     process = torchrun(f'--standalone --max-restarts 2 --monitor-interval {interval} --nproc-per-node 2',
                        STOPPED + more, out)
     for _ in range(2):
-        before = time_of(last)
+        before, began = time_of(last), time.monotonic()
         while time_of(last) in (None, before) or len(ranks_of(process)) < 2:
-            assert process.poll() is None, said(out)
+            is_stuck = time.monotonic() - began > 100           # it would be for half an hour
+            assert process.poll() is None and not is_stuck, said(out)
             time.sleep(0.02)
         time.sleep(0.3)
         os.kill(ranks_of(process)[victim], signal.SIGKILL)
