@@ -5,10 +5,11 @@
 
 Which assignment it is, the notebook's metadata say, or else its name. The notebook runs top to bottom; a
 cell that fails is named, and the rest runs on; a cell that begins with '# not for the grader' is left
-out. Then the functions that it defines are asked (probes.py), and what they return is compared here with
-what the reference solution returns. The student's code never shares a process with the comparison or the
-solution, and works on a copy of the project: it can't award itself points. (It isn't locked in: run
-strangers' notebooks in a container.) A4 has no solution to compare with; its tokenizer is measured here.
+out. Then the functions that it defines are asked (tasks.py), and what they return is compared here with
+what the reference solution returns; where it is what a classic mistake gives (mistakes.py), that is named.
+The student's code never shares a process with the comparison or the solution, and works on a copy of the
+project: it can't award itself points. (It isn't locked in: run strangers' notebooks in a container.) What
+is trained has no solution to compare with (all of A4, two tasks of A5); it is measured here.
 """
 import io
 import json
@@ -26,24 +27,29 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE), str(HERE.parent)]
 from measure import psnr                                                                # noqa: E402
-from probes import A4_BATCH, A4_BATCHES, PRINTED, TASKS                                 # noqa: E402
+from mistakes import MISTAKES                                                           # noqa: E402
+from probes import PRINTED                                                              # noqa: E402
 from sample import Parser, UserError, check, run_command                                # noqa: E402
+from tasks import A4_BATCH, A4_BATCHES, TASKS, drawings, small_var                      # noqa: E402
 from train import draw_shapes, to_float                                                 # noqa: E402
 from vqvae import VQVAE, VQVAEConfig                                                    # noqa: E402
 
-SECONDS = {'A1': 60, 'A2': 60, 'A3': 60, 'A4': 300}     # for each cell and each task; five times that in all
+SECONDS = dict(A1=60, A2=60, A3=60, A4=300, A5=60)      # for each cell and each task; five times that in all
 RETURNED = 2 ** 26                      # bytes that a task may return
 ROUNDING = {'sample_tokens': 0.85}      # share of tokens that must agree: one flip changes all that follows
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 A4_BITS, A4_PARAMETERS = 680, 650_000   # limits: bits a picture is written in; size of the tokenizer
 A4_START, A4_BASELINE, A4_GOAL = 18.0, 20.5, 24.0   # dB: what 4, more than 4, and all points ask for
-COPIED = ('*.py', 'notebooks/cifar10.pt', 'notebooks/assignments/probes.py')
+A5_HEART = {0.1: 6, 0.5: 4, 2.0: 2}     # nats a token, and the points for less
+A5_LOSS, A5_GAP = 5.6, 0.1              # nats: what both twins must reach; what f_hat must gain at 4x4
+COPIED = ('*.py', 'notebooks/cifar10.pt', 'notebooks/assignments/probes.py', 'notebooks/assignments/tasks.py')
 PROTECTED = (*COPIED, 'notebooks/*.py', 'notebooks/assignments/*.py',
              'notebooks/assignments/solutions/*.ipynb')
 
@@ -98,10 +104,11 @@ def end(process: subprocess.Popen):
     process.wait()
 
 
-def run_notebook(notebook: bytes, assignment: str, seed: int, seconds: float) -> tuple[dict, list[tuple]]:
+def run_notebook(notebook: bytes, assignment: str, seed: int, seconds: float, left_out=()) -> tuple:
     """Results of each task, (points, what, value, error) a check, and remarks on the notebook, (step, text).
 
-    A step that hangs or dies is left out in a new attempt, until the rest has run or the time is over.
+    left_out: steps that aren't run. One that hangs or dies is left out in a new attempt, until the rest has
+    run or the time is over.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         copy, folder = Path(scratch, 'project'), Path(scratch, 'results')
@@ -113,7 +120,7 @@ def run_notebook(notebook: bytes, assignment: str, seed: int, seconds: float) ->
         folder.mkdir()
         environment = dict(os.environ, MPLBACKEND='Agg', PYTHONDONTWRITEBYTECODE='1')
         command = [sys.executable, 'probes.py', 'notebook.ipynb', assignment, str(folder), str(seed)]
-        skipped, remarks, deadline = [], [], time.monotonic() + 5 * seconds
+        skipped, remarks, deadline = [*left_out], [], time.monotonic() + 5 * seconds
         while True:
             with tempfile.TemporaryFile() as printed:
                 process = subprocess.Popen(
@@ -129,20 +136,43 @@ def run_notebook(notebook: bytes, assignment: str, seed: int, seconds: float) ->
                 break
             skipped.append(step)
         remarks += read_results(folder / 'complaints', str, str)
-        names = [task.__name__ for task in TASKS[assignment]]
+        names = {path.name for path in folder.iterdir()} - {'step', 'complaints'}
         return {name: read_results(folder / name, int, str, object, str) for name in names}, remarks
 
 
 @lru_cache
-def reference(assignment: str, seed: int) -> dict:
-    """What the solution returns."""
+def answers_of_solution(assignment: str, seed: int) -> dict:
+    """What the solution returns, task by task, and as task.0, task.1, ... what it does with each mistake."""
     path = HERE / 'solutions' / f'{assignment}.ipynb'
     check(path.is_file(), f'{path}: is missing; answers are compared with what the solution returns')
-    results, remarks = run_notebook(path.read_bytes(), assignment, seed, SECONDS[assignment])
-    failed = [error for rows in results.values() for *_, error in rows if error]
-    check(all(results.values()) and not remarks and not failed,
+    notebook = json.loads(path.read_bytes())
+    cells = [''.join(cell['source']) for cell in notebook['cells'] if cell['cell_type'] == 'code']
+    mistakes = notebook['metadata']['mistakes'] = {}
+    for task, _, old, new in MISTAKES[assignment]:
+        cell = next(cell for cell in cells if f'def {task}(' in cell)
+        check(cell.count(old) == 1, f'mistakes.py: {old!r} stands {cell.count(old)} times in {task}')
+        mistakes.setdefault(task, []).append(cell.replace(old, new))
+    names = {task.__name__ for task in TASKS[assignment]} - set(JUDGED)
+    results, remarks = run_notebook(json.dumps(notebook).encode(), assignment, seed, SECONDS[assignment],
+                                    [f'task {name}' for name in JUDGED])
+    failed = [error for name in names for *_, error in results.get(name, []) if error]
+    check(names <= set(results) and not failed,
           f'the reference solution failed on this machine ({[*remarks, *failed]})')
     return results
+
+
+def reference(assignment: str, seed: int) -> dict:
+    """What is expected: {task: (points, what, value, '') a check}; what is measured has no value."""
+    names = [task.__name__ for task in TASKS[assignment]]
+    answers = {} if set(names) <= set(JUDGED) else answers_of_solution(assignment, seed)
+    return {name: [(*JUDGED[name][:2], 'a trained network', '')] if name in JUDGED else answers[name]
+            for name in names}
+
+
+def mistakes_of(assignment: str, task: str, seed: int) -> list[tuple[str, list]]:
+    """(what was done wrong, what the solution returns with that) for each classic mistake at a task."""
+    named = [what for name, what, *_ in MISTAKES.get(assignment, []) if name == task not in JUDGED]
+    return [(what, answers_of_solution(assignment, seed)[f'{task}.{i}']) for i, what in enumerate(named)]
 
 
 # ------------------------------------------------------------------------------- comparing
@@ -157,17 +187,20 @@ def show(value) -> str:
     return str(value)[:80]
 
 
-def difference(expected, found, share: float = 1.0) -> str:
+def difference(expected, found, share: float = 1.0, rtol: float = 1e-4) -> str:
     """'' if `found` is what was expected, or else a line that says how they differ.
 
-    share: how many of the entries must agree, where they are whole numbers.
+    share: how many of the entries must agree, where they are whole numbers; rtol: how far others may be off,
+    as a part of them.
     """
     if isinstance(expected, list) and any(isinstance(item, (list, torch.Tensor)) for item in expected):
         found = list(found) if isinstance(found, torch.Tensor) and found.dim() else found
         if not isinstance(found, list) or len(found) != len(expected):
             return f'expected {show(expected)}, found {show(found)}'
-        lines = [(i, difference(*pair, share)) for i, pair in enumerate(zip(expected, found))]
+        lines = [(i, difference(*pair, share, rtol)) for i, pair in enumerate(zip(expected, found))]
         return next((f'item {i}: {line}' for i, line in lines if line), '')
+    if isinstance(expected, str):
+        return '' if str(found).strip().lower() == expected else f'expected {expected}, found {found}'
     try:
         expected, found = torch.as_tensor(expected), torch.as_tensor(found)
     except (TypeError, ValueError, RuntimeError):
@@ -177,7 +210,7 @@ def difference(expected, found, share: float = 1.0) -> str:
             expected, found = expected.to(common), found.to(common)
     if expected.shape == found.shape and expected.dtype == found.dtype:
         if expected.is_floating_point():
-            same, share = torch.isclose(expected, found, rtol=1e-4, atol=1e-6), 1.0
+            same, share = torch.isclose(expected, found, rtol=rtol, atol=1e-6), 1.0
         else:
             same = expected == found
         if same.double().mean() >= share:
@@ -215,25 +248,81 @@ def judge_tokenizer(value, seed: int) -> tuple[int, str]:
                     ('' if points == 20 else f' expected: {A4_GOAL} dB for all points'))
 
 
-def points_of_task(name: str, expected: list, found: list, seed: int) -> tuple[int, int, list[str]]:
-    """Points, how many there are, and a line for each check that failed."""
+def judge_by_heart(value, seed: int) -> tuple[int, str]:
+    """Points for eight drawings learned by heart, and a line with the loss."""
+    try:
+        var = small_var(seed)
+        var.load_state_dict(value)
+    except Exception as error:                              # it may be anything
+        return 0, f'expected the VAR that was handed over, trained; what came back is none ({error})'
+    _, tokens_BL, inputs = drawings(8, seed)
+    with torch.no_grad():
+        loss = F.cross_entropy(var(torch.arange(8), inputs['f_hat']).mT, tokens_BL).item()
+    points = max([worth for most, worth in A5_HEART.items() if loss < most], default=0)         # nan: 0
+    return points, f'{loss:.3f} nats a token' + f', expected less than {min(A5_HEART)}' * (points < 6)
+
+
+def judge_ablation(value, seed: int) -> tuple[int, str]:
+    """Points for the twins, and a line with their losses on drawings that nobody trained on."""
+    labels_N, tokens_NL, inputs = drawings(256, seed + 10 ** 6)
+    losses = {}
+    try:
+        for name, inputs_NLC in inputs.items():
+            var = small_var(seed)
+            var.load_state_dict(value[name])
+            with torch.no_grad():
+                losses[name] = F.cross_entropy(var(labels_N, inputs_NLC).mT, tokens_NL, reduction='none')
+    except Exception as error:                              # it may be anything
+        return 0, f'expected two trained VARs, f_hat and last; what came back is none ({error})'
+    whole = {name: loss.mean().item() for name, loss in losses.items()}
+    finer = {name: loss[:, 5:21].mean().item() for name, loss in losses.items()}        # the scale 4x4
+    trained = [loss < A5_LOSS for loss in whole.values()]
+    points = 2 * sum(trained) + 2 * (all(trained) and finer['last'] - finer['f_hat'] > A5_GAP)
+    return points, (f'f_hat {whole["f_hat"]:.2f} nats a token, last scale {whole["last"]:.2f}; at 4x4 '
+                    f'{finer["f_hat"]:.2f} and {finer["last"]:.2f}' + f'; expected both below {A5_LOSS}, and '
+                    f'a gap of {A5_GAP} at 4x4, from the same start, data and steps' * (points < 6))
+
+
+JUDGED = dict(                          # points, what, and who gives them
+    train_tokenizer=(20, f'a tokenizer trained on {A4_BATCHES * A4_BATCH} pictures', judge_tokenizer),
+    by_heart=(6, 'eight drawings by heart', judge_by_heart),
+    ablation=(6, 'f_hat against the last scale alone', judge_ablation))
+
+
+def same(name: str, expected, found) -> str:
+    """The difference between two answers of a task, '' for none."""
+    return difference(expected, found, ROUNDING.get(name, 1.0), 0.005 if name == 'questions' else 1e-4)
+
+
+def likely_mistake(name: str, wrong: list[tuple[str, list]], found: list, i: int) -> str:
+    """Which classic mistake gives the answer found at check i; of several, that which agrees most often."""
+    scores = {what: sum(not same(name, row[2], answer[2]) for row, answer in zip(rows, found))
+              for what, rows in wrong if not rows[i][3] and not same(name, rows[i][2], found[i][2])}
+    return f'; this is what you get {max(scores, key=scores.get)}' if scores else ''
+
+
+def points_of_task(name: str, expected: list, found: list, seed: int, wrong=()) -> tuple[int, int, list[str]]:
+    """Points, how many there are, and a line for each check that failed. wrong: see mistakes_of."""
     reached, lines = 0, []
     for i, (points, what, value, _) in enumerate(expected):
         *_, answer, error = found[i] if i < len(found) else (None, 'not reached')
+        wanted = 'another' if name == 'questions' else show(value)              # which gives nothing away
         if error.startswith('NotImplementedError'):
-            lines.append(f'{what}: not written yet, expected {show(value)}')
+            lines.append(f'{what}: not written yet, expected {wanted}')
         elif error:
-            lines.append(f'{what}: expected {show(value)}, but {error}')
-        elif name == 'train_tokenizer':
-            reached, line = judge_tokenizer(answer, seed)
+            lines.append(f'{what}: expected {wanted}, but {error}')
+        elif name in JUDGED:
+            reached, line = JUDGED[name][2](answer, seed)
             lines.append(line)
         else:
             try:
-                wrong = difference(value, answer, ROUNDING.get(name, 1.0))
+                line = same(name, value, answer)
+                line = line and (f'expected another than {show(answer)}' if name == 'questions' else line)
+                line = line and line + likely_mistake(name, wrong, found, i)
             except Exception as error:                      # it may be anything
-                wrong = f'expected {show(value)}, which what came back cannot be compared with ({error})'
-            reached += 0 if wrong else points
-            lines += [f'{what}: {wrong}'] if wrong else []
+                line = f'expected {wanted}, which what came back cannot be compared with ({error})'
+            reached += 0 if line else points
+            lines += [f'{what}: {line}'] if line else []
     return reached, sum(row[0] for row in expected), lines
 
 
@@ -257,16 +346,12 @@ def grade(notebook: bytes, assignment: str, seed: int = 0, seconds: float | None
     Raises UserError if the notebook has changed the project's own files.
     """
     kept = {path: path.read_bytes() for pattern in PROTECTED for path in ROOT.glob(pattern)}
-    if assignment == 'A4':
-        whole = (20, f'a tokenizer trained on {A4_BATCHES * A4_BATCH} pictures', 'a VQVAE', '')
-        expected = {'train_tokenizer': [whole]}
-    else:
-        expected = reference(assignment, seed)
+    expected = reference(assignment, seed)
     results, remarks = run_notebook(notebook, assignment, seed, seconds or SECONDS[assignment])
     changed = put_back(kept)
     check(not changed, f'the notebook changed {", ".join(changed)}: put back, its own version kept beside it '
           'as .changed; no points')
-    return {name: points_of_task(name, rows, results[name], seed)
+    return {name: points_of_task(name, rows, results.get(name, []), seed, mistakes_of(assignment, name, seed))
             for name, rows in expected.items()}, remarks
 
 
