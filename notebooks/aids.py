@@ -41,3 +41,38 @@ def show(images: Tensor, columns: int, row_names=(), column_names=(), width: flo
     axes.tick_params(length=0, labeltop=True, labelbottom=False, labelsize=10 if columns > 8 else 12)
     axes.spines[:].set_visible(False)
     plt.show()
+
+
+def draw_loop(rows: list[list[Tensor]], row_names: list[str], column_names: list[str], notes: list[str]):
+    """Draws the residual loop: a row a scale, a column a step, of maps (C, h, w); notes stand at the right.
+
+    Vectors become colours by their three strongest directions in the first map, which is f.
+    """
+    vectors_NC = rows[0][0].flatten(1).T
+    strongest_C3 = torch.linalg.eigh(vectors_NC.T @ vectors_NC).eigenvectors[:, -3:].flip(1)
+    spread = 2 * (vectors_NC @ strongest_C3).square().mean().sqrt()
+    figure, axes = plt.subplots(len(rows), len(rows[0]), figsize=(11, 6.6), dpi=72)
+    figure.subplots_adjust(left=0.07, right=0.9, top=0.9, bottom=0.02, wspace=0.32, hspace=0.3)
+    arrow = dict(arrowstyle='-|>', color='C0', linewidth=1.6)
+    for row, row_axes in zip(rows, axes):
+        for axis, map_Chw in zip(row_axes, row):
+            colours_hw3 = 0.5 + 0.5 * (map_Chw.permute(1, 2, 0) @ strongest_C3) / spread
+            axis.imshow(colours_hw3.clamp(0, 1), extent=(0, 1, 0, 1))
+            axis.set(xticks=[], yticks=[])
+        for axis in row_axes[:-1]:
+            axis.annotate('', (1.3, 0.5), (1.02, 0.5), xycoords='axes fraction', arrowprops=arrow)
+    for axis, name in zip(axes[0], column_names):
+        axis.set_title(name, fontsize=11)
+    for axis, name in zip(axes[:, 0], row_names):
+        axis.set_ylabel(name, rotation=0, labelpad=20, fontsize=11, va='center')
+    for axis, note in zip(axes[:, -1], notes):
+        axis.text(1.08, 0.5, note, va='center', fontsize=10)
+    for above, below in zip(axes[:-1, -1], axes[1:, 0]):                # and again, on the next grid
+        corners = [above.get_position(), below.get_position()]
+        y = (corners[0].y0 + corners[1].y1) / 2
+        xs = [(corner.x0 + corner.x1) / 2 for corner in corners]
+        figure.add_artist(plt.Line2D([xs[0], xs[0], xs[1]], [corners[0].y0, y, y], color='C0', lw=1.6))
+        figure.patches.append(plt.matplotlib.patches.FancyArrowPatch(
+            (xs[1], y), (xs[1], corners[1].y1), arrowstyle='-|>', mutation_scale=12, color='C0', lw=1.6,
+            transform=figure.transFigure, shrinkA=0, shrinkB=0))
+    plt.show()

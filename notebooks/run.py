@@ -3,12 +3,14 @@
     python notebooks/run.py                             # what CI does; the files stay as they are
     python notebooks/run.py --save                      # writes the outputs into the notebooks
     python notebooks/run.py NOTEBOOK ... --save
+    python notebooks/run.py --seed 7                    # every claim should hold with any other SEED, too
 
 The rules: at most 25 cells (assignments may have more); no error and no warning; a cell that draws draws one
 picture, ends in an assertion, and is followed by its caption, '*Figure n. ...'; no line of code stands in the
 project's own files already.
 """
 import ast
+import re
 import sys
 import time
 from pathlib import Path
@@ -63,12 +65,14 @@ def problems(notebook) -> list[str]:
     return found + [f'copied: {line}' for line in copied_lines(notebook)]
 
 
-def run(path: Path) -> tuple[nbformat.NotebookNode, float]:
-    """The notebook with fresh outputs, and the seconds that it took."""
+def run(path: Path, seed: int | None = None) -> tuple[nbformat.NotebookNode, float]:
+    """The notebook with fresh outputs, and the seconds that it took. seed: in place of its own SEED."""
     try:
         notebook = nbformat.read(path, as_version=4)
     except (OSError, ValueError, nbformat.ValidationError):
         raise UserError(f'{path}: not a notebook that can be read') from None
+    for cell in notebook.cells if seed is not None else []:
+        cell.source = re.sub(r'^SEED = \d+', f'SEED = {seed}', cell.source, flags=re.M)
     start = time.monotonic()
     client = NotebookClient(notebook, timeout=SECONDS, resources=dict(metadata=dict(path=str(path.parent))),
                             record_timing=False, extra_arguments=['--log-level=ERROR'])
@@ -83,10 +87,13 @@ def main(argv: list[str]):
     parser = Parser(prog='run.py', description=__doc__)
     parser.add_argument('notebook', nargs='*', help='absent: the walkthroughs')
     parser.add_argument('--save', action='store_true', help='write the outputs into the notebooks')
+    parser.add_argument('--seed', type=int, help='run with another SEED, and save nothing')
     args = parser.parse_args(argv)
+    check(args.seed is None or not args.save, '--seed and --save: outputs are saved with their own SEED')
+    check(args.seed is None or args.seed >= 0, f'--seed {args.seed}: must be 0 or more')
     failed, total = [], 0.0
     for path in [Path(name) for name in args.notebook] or sorted(HERE.glob('0*.ipynb')):
-        notebook, seconds = run(path)
+        notebook, seconds = run(path, args.seed)
         found = problems(notebook)
         total += seconds
         print(f'{path.name}: {seconds:.0f} s, {len(notebook.cells)} cells', *found, sep='\n    ', flush=True)

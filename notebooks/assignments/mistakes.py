@@ -210,7 +210,7 @@ A5 = [
      "loss = F.cross_entropy(var(labels_N[batch], inputs['f_hat'][batch])"),
     ('ablation', 'with another number of steps for one',
      'range(steps)', "range(steps if name == 'last' else 9)"),
-    ('ablation', 'with the labels of other drawings', 'var(labels_N[batch]', 'var(labels_N[:16]'),
+    ('ablation', 'on inputs of other drawings', 'inputs_NLC[batch])', 'inputs_NLC[:16])'),
     ('questions', 'with the position embeddings in mind', "same='b'", "same='d'"),
     ('questions', 'with sampling alone in mind', "null='c'", "null='a'"),
 ]
