@@ -6,9 +6,9 @@
 Which assignment it is, the notebook's metadata say, or else its name. The notebook runs top to bottom; a
 cell that fails is named, and the rest runs on; a cell that begins with '# not for the grader' is left
 out. Then the functions that it defines are asked (tasks.py), and what they return is compared here with
-what the reference solution returns; where it is what a classic mistake gives (mistakes.py), that is named.
-The student's code never shares a process with the comparison or the solution, and works on a copy of the
-project: it can't award itself points. (It isn't locked in: run strangers' notebooks in a container.) What
+what the reference solution returns; where it is what a classic mistake gives, that is named
+(solutions/mistakes.py). The student's code never shares a process with the comparison or the solution, and
+works on a copy of the project: it can't award itself points. (It isn't locked in: run strangers' notebooks in a container.) What
 is trained has no solution to compare with (all of A4, two tasks of A5); it is measured here.
 """
 import io
@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shutil
 import signal
 import stat
@@ -33,7 +34,6 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(HERE), str(HERE.parent)]
 from measure import psnr                                                                # noqa: E402
-from mistakes import MISTAKES                                                           # noqa: E402
 from probes import PRINTED                                                              # noqa: E402
 from sample import Parser, UserError, check, run_command                                # noqa: E402
 from tasks import A4_BATCH, A4_BATCHES, TASKS, drawings, small_var                      # noqa: E402
@@ -138,6 +138,12 @@ def run_notebook(notebook: bytes, assignment: str, seed: int, seconds: float, le
         return {name: read_results(folder / name, int, str, object, str) for name in names}, remarks
 
 
+def classic_mistakes(assignment: str) -> list[tuple]:
+    """(task, what is wrong, what the solution has, what replaces it), as far as they are there."""
+    path = HERE / 'solutions' / 'mistakes.py'
+    return runpy.run_path(str(path))['MISTAKES'].get(assignment, []) if path.is_file() else []
+
+
 @lru_cache
 def answers_of_solution(assignment: str, seed: int) -> dict:
     """What the solution returns, task by task, and as task.0, task.1, ... what it does with each mistake."""
@@ -146,7 +152,7 @@ def answers_of_solution(assignment: str, seed: int) -> dict:
     notebook = json.loads(path.read_bytes())
     cells = [''.join(cell['source']) for cell in notebook['cells'] if cell['cell_type'] == 'code']
     mistakes = notebook['metadata']['mistakes'] = {}
-    for task, _, old, new in MISTAKES[assignment]:
+    for task, _, old, new in classic_mistakes(assignment):
         cell = next(cell for cell in cells if f'def {task}(' in cell)
         check(cell.count(old) == 1, f'mistakes.py: {old!r} stands {cell.count(old)} times in {task}')
         mistakes.setdefault(task, []).append(cell.replace(old, new))
@@ -169,7 +175,7 @@ def reference(assignment: str, seed: int) -> dict:
 
 def mistakes_of(assignment: str, task: str, seed: int) -> list[tuple[str, list]]:
     """(what was done wrong, what the solution returns with that) for each classic mistake at a task."""
-    named = [what for name, what, *_ in MISTAKES.get(assignment, []) if name == task not in JUDGED]
+    named = [what for name, what, *_ in classic_mistakes(assignment) if name == task not in JUDGED]
     return [(what, answers_of_solution(assignment, seed)[f'{task}.{i}']) for i, what in enumerate(named)]
 
 

@@ -5,7 +5,7 @@
 Runs the notebook's code cells, then calls the student's functions with inputs made from SEED. What they
 return goes to FOLDER, a file a task; nothing is judged here, because the student's code, which shares this
 process, could reach the judge. A step ('code cell 3', 'task encode') that is named is left out: it hung or
-died before. Of the reference solution, a task is then asked again for each classic mistake (mistakes.py).
+died before. Of the solution, a task is then asked again for each classic mistake (solutions/mistakes.py).
 """
 import json
 import os

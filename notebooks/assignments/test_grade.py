@@ -14,10 +14,9 @@ import pytest
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import grade                                                                            # noqa: E402
-import mistakes                                                                         # noqa: E402
 
 A123 = ['A1', 'A2', 'A3']
-MISTAKES = [(assignment, *row) for assignment, rows in mistakes.MISTAKES.items() for row in rows]
+MISTAKES = [(assignment, *row) for assignment in grade.TASKS for row in grade.classic_mistakes(assignment)]
 FIRST = {row[:2]: row for row in reversed(MISTAKES)}            # of each task
 PLANTED = [row for row in MISTAKES if row == FIRST[row[:2]] or row[1] in grade.JUDGED]
 
