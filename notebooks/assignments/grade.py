@@ -8,8 +8,9 @@ cell that fails is named, and the rest runs on; a cell that begins with '# not f
 out. Then the functions that it defines are asked (tasks.py), and what they return is compared here with
 what the reference solution returns; where it is what a classic mistake gives, that is named
 (solutions/mistakes.py). The student's code never shares a process with the comparison or the solution, and
-works on a copy of the project: it can't award itself points. (It isn't locked in: run strangers' notebooks in a container.) What
-is trained has no solution to compare with (all of A4, two tasks of A5); it is measured here.
+works on a copy of the project: it can't award itself points. (It isn't locked in: run strangers' notebooks
+in a container.) What is trained has no solution to compare with (all of A4, two tasks of A5); it is
+measured here.
 """
 import io
 import json
