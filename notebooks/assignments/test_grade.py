@@ -354,12 +354,12 @@ def test_a_cell_that_is_not_graded_may_fail_and_a_check_that_fails_says_both_sid
 
 
 @pytest.mark.slow
-def test_what_a_notebook_draws_at_random_is_the_same_in_every_run():
+def test_what_a_notebook_draws_at_random_is_the_same_in_every_run_and_torch_empty_holds_nan():
     lucky = with_cell(solution('A1'), 'import torch\nluck = torch.rand(3)', 0)
-    lucky = with_cell(lucky, 'def rotation_trick(f, f_hat):\n    return luck', len(lucky['cells']))
-    runs = [grade.run_notebook(json.dumps(lucky).encode(), 'A1', 0, 60.0)[0] for _ in range(2)]
-    first, second = (results['rotation_trick'][0][2] for results in runs)
-    assert first.shape == (3,) and first.equal(second)
+    wrong = 'def rotation_trick(f, f_hat):\n    return torch.stack([luck, torch.empty(3)])'
+    lucky = json.dumps(with_cell(lucky, wrong, len(lucky['cells']))).encode()
+    first, second = (grade.run_notebook(lucky, 'A1', 0, 60.0)[0]['rotation_trick'][0][2] for _ in range(2))
+    assert first[0].equal(second[0]) and first[1].isnan().all()
 
 
 @pytest.mark.slow
