@@ -76,3 +76,13 @@ def draw_loop(rows: list[list[Tensor]], row_names: list[str], column_names: list
             (xs[1], y), (xs[1], corners[1].y1), arrowstyle='-|>', mutation_scale=12, color='C0', lw=1.6,
             transform=figure.transFigure, shrinkA=0, shrinkB=0))
     plt.show()
+
+
+def logits_after(tokenizer, var, labels_B: Tensor, f_hats: list[Tensor]) -> list[Tensor]:
+    """Logits (B, l, V) of the scale after these f_hats (of scale 1, 2, ...), for the classes and for none."""
+    lengths, k = var.config.lengths, len(f_hats)
+    known = [tokenizer.next_input(f_hat, i) for i, f_hat in enumerate(f_hats)]
+    rest = torch.zeros(len(labels_B), sum(lengths[k + 1:]), var.config.z_channels)      # hidden by the mask
+    inputs_BLC = torch.cat([*known, rest], dim=1)
+    nulls_B = torch.full_like(labels_B, var.config.num_classes)
+    return [var(asked_B, inputs_BLC).split(lengths, 1)[k] for asked_B in (labels_B, nulls_B)]

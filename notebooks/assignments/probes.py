@@ -19,11 +19,15 @@ import torch
 from tasks import TASKS
 
 PRINTED = 2 ** 20                       # bytes that a notebook may print
-IN_PLACE = dict(top_k=0, top_p=0, cached_step=3)        # arguments that a function may change
+IN_PLACE = dict(top_k=0, top_p=0, cached_step=3, by_heart=0)    # arguments that a function may change
 
 
 def snapshot(value):
     """Something that changes if tensors or numbers in `value` do."""
+    if isinstance(value, torch.nn.Module):
+        value = value.state_dict()
+    if isinstance(value, dict):
+        value = list(value.values())
     if isinstance(value, torch.Tensor):
         return value.detach().numpy().tobytes()
     if isinstance(value, (list, tuple)):

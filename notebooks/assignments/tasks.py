@@ -94,7 +94,8 @@ def straight_through(student, seed):
 
 
 def vq_loss(student, seed):
-    tensors, weights_K, beta = [normal(seed + i, 2, 4, 3, 3) for i in range(4)], [1.0, 2.0, 5.0], 0.25
+    tensors = [normal(seed + i, 2, 4, 3, 3) for i in range(4)]
+    *weights_K, beta = np.random.default_rng(seed).uniform(0.1, 2.0, 4).tolist()
     yield 1, 'its value, and the gradients that reach f and each f_hat', \
         lambda: with_gradients(lambda f, *f_hats: student.vq_loss(f, list(f_hats), weights_K, beta), *tensors)
 
@@ -109,35 +110,41 @@ def rotation_trick(student, seed):
 def ema_update(student, seed):
     tokens_TN = torch.from_numpy(np.random.default_rng(seed).integers(5, size=(3, 12)))       # of seven codes
     tokens_TN[0].clamp_(max=3)                                      # code 4 comes into use later
+    decay = round(np.random.default_rng(seed).uniform(0.5, 0.95), 2)
     for points, steps in ((2, 1), (2, 3)):
         def after_steps(steps=steps):
             state = normal(seed, 7, 4), torch.zeros(7).double(), torch.zeros(7, 4).double()
             for step in range(steps):
-                state = student.ema_update(*state, normal(seed + step, 12, 4), tokens_TN[step], 0.9)
+                state = student.ema_update(*state, normal(seed + step, 12, 4), tokens_TN[step], decay)
             return list(state)
-        yield points, f'codebook, counts and sums after {steps} update{"s" * (steps > 1)} with decay 0.9', \
+        yield points, f'codebook, counts and sums after {steps} update{"s" * (steps > 1)}, decay {decay}', \
             after_steps
 
 
 # ------------------------------------------------------------- A2: block-causal attention, with a cache
 def block_mask(student, seed):
     random = np.random.default_rng(seed)
-    for window in (None, 1, 0):
-        lengths = [1, *random.integers(2, 9, 3).tolist()]
-        yield 1, f'block_mask({lengths}, {window})', lambda: student.block_mask(lengths, window)
+    for windows in ([None], [2], [1, 0]):
+        lengths = [1, *random.integers(2, 9, 4).tolist()]
+        yield 1, f'masks of scales of {lengths} tokens with window {str(windows)[1:-1]}', \
+            lambda: [student.block_mask(list(lengths), window) for window in windows]
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations that torch is asked for."""
+    """Counts the operations that torch is asked for, and the lines of Python that run."""
     count = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         self.count += 1
         return operation(*args, **kwargs or {})
 
+    def line(self, *_):
+        self.count += 1
+        return self.line
+
 
 def attention(student, seed):
-    sharpness = torch.tensor([1.0, 4.0, 9.0]).double()
+    sharpness = torch.tensor([1.0, 4.0, 60.0]).double()
 
     def attend(l, L, mask):                                                             # noqa: E741
         q, k, v = normal(seed, 2, 3, l, 5), normal(seed + 1, 2, 3, L, 5), normal(seed + 2, 2, 3, L, 5)
@@ -145,11 +152,16 @@ def attention(student, seed):
 
     def operations(L):
         with Operations() as counted:
-            attend(L, L, None)
+            sys.settrace(counted.line)
+            try:
+                attend(L, L, None)
+                attend(L, L, torch.ones(L, L).tril() > 0)
+            finally:
+                sys.settrace(None)
         return counted.count
     yield 1, '3 queries, 7 keys, no mask', lambda: attend(3, 7, None)
     yield 1, '5 queries, 7 keys, a mask', lambda: attend(5, 7, normal(seed, 5, 7) + 3 * torch.eye(5, 7) > 0)
-    yield 1, 'no more operations for 64 tokens than for 8: no loop over tokens', \
+    yield 1, 'as many operations, or nearly, for 64 tokens as for 8: no loop over tokens', \
         lambda: operations(64) < 1.5 * operations(8)
 
 
@@ -166,11 +178,13 @@ def cached_step(student, seed):
             output, cache = student.cached_step(q, k, v, cache, window, attend)
             outputs.append(output)
             sizes.append(len(cache))
-        return outputs, sizes
-    for window in (None, 2):
-        yield 1, f'outputs of scales of {lengths} tokens, window {window}', lambda: run(window)[0]
-    for window in (2, 0):
-        yield 1, f'scales in the cache after each step, window {window}', lambda: run(window)[1]
+        return outputs, sizes, cache
+    for windows in ([None], [2, 1, 0]):
+        yield 1, f'outputs of scales of {lengths} tokens, window {str(windows)[1:-1]}', \
+            lambda: [run(window)[0] for window in windows]
+    yield 1, 'scales in the cache after each step, windows 2, 1, 0', \
+        lambda: [run(window)[1] for window in (2, 1, 0)]
+    yield 1, 'the cache after the last step, window 2: keys and values, oldest scale first', lambda: run(2)[2]
 
 
 def sees(student, seed):
@@ -189,9 +203,13 @@ def sees(student, seed):
         return x - x.mean(-1, keepdim=True)             # whose sum is 0, and so has no gradient
 
     def balanced(x):
-        """All is 1, but one channel moves up as another moves down: sums and squares have gradients of 0."""
-        move = x[..., :1] - x[..., :1].detach()
-        return torch.cat([1 + move, 1 - move, torch.ones_like(x[..., 2:])], -1)
+        """Turns a vector of length 1: the gradient of its squares' sum is exactly 0."""
+        return torch.cat([x[..., :1].cos(), x[..., :1].sin(), torch.ones_like(x[..., 2:])], -1)
+
+    def first_sees(x):
+        """Scale 0 depends on scale `late`, and not on itself."""
+        start = sum(lengths[:late])
+        return torch.cat([x[:, start:start + 1] * 2, x[:, 1:]], 1)
 
     def leaks(i):
         """One number of scale `early` depends on one of scale `late`; all else stays as it is."""
@@ -202,8 +220,8 @@ def sees(student, seed):
         leak[:, out, there] = 1
         return lambda x: x + leak.to(x) * x[:, into, here]
     hidden = [leaks(i) for i in range(4)]
-    for layers, what in (([lambda x: attend(x, earlier_LL), lambda x: attend(x, blind_LL)],
-                          'a block-causal layer, and one that is blind for one scale'),
+    for layers, what in (([lambda x: attend(x, earlier_LL), lambda x: attend(x, blind_LL), first_sees],
+                          'layers that are block-causal, blind for a scale, or see a later one only'),
                          ([lambda x: centred(attend(x, leaky_LL)), lambda x: attend(x, leaky_LL) ** 2],
                           'a leaky layer whose outputs sum to 0, and one that squares them'),
                          ([lambda x: F.normalize(attend(x, leaky_LL), dim=-1),
@@ -230,8 +248,9 @@ def ramp(student, seed):
 
 
 def guide(student, seed):
-    yield 1, 'guide(conditional, unconditional, 1.5)', \
-        lambda: student.guide(normal(seed, 2, 3, 8), normal(seed + 1, 2, 3, 8), 1.5)
+    t = round(np.random.default_rng(seed).uniform(1.2, 4), 1)
+    yield 1, f'guide(conditional, unconditional, {t})', \
+        lambda: student.guide(normal(seed, 2, 3, 8), normal(seed + 1, 2, 3, 8), t)
 
 
 def top_k(student, seed):
@@ -253,7 +272,7 @@ def draw(student, seed):
     # ten tenths sum to a little less than 1; codes of probability 0 stand before and after
     tenths = torch.full((14,), -torch.inf).double()
     tenths[1:11] = 0
-    ends = torch.tensor([[0.0, 1 - 2.0 ** -53]]).double()
+    ends = torch.tensor([[0.0, 1 - 2.0 ** -53]], dtype=torch.float64)
     yield 1, 'tokens of probabilities 0, ten times 0.1, 0 0 0, at noise 0 and the largest number below 1', \
         lambda: student.draw(tenths.repeat(1, 2, 1), ends)
 
@@ -275,8 +294,8 @@ def known_places(student, seed):
         rows, columns = random.integers(size // 2, size, 2).tolist()
         known_HW = torch.zeros(size, size, dtype=torch.bool)
         known_HW[:rows], known_HW[:, :columns] = True, True
-        asked.append((known_HW, scales))
-    yield 1, 'known places of L-shaped parts of maps of 8x8, 6x6 and 5x5', \
+        asked += [(known_HW, scales), (torch.from_numpy(random.random((size, size)) < 0.8), scales)]
+    yield 1, 'known places of maps of 8x8, 6x6 and 5x5, in the shape of an L or here and there', \
         lambda: [student.known_places(*pair) for pair in asked]
 
 
@@ -319,21 +338,28 @@ def hide_labels(student, seed):
     labels_B = torch.from_numpy(np.random.default_rng(seed).integers(10, size=50))
     noise_B = torch.from_numpy(np.random.default_rng(seed).random(50))
     noise_B[0] = 0.3                                        # never below the rate, when that is 0.3
-    yield 1, 'fifty labels at rates 0.3, 0 and 1', \
-        lambda: [student.hide_labels(labels_B, noise_B, rate, 10) for rate in (0.3, 0.0, 1.0)]
+    null = 10 + seed % 7
+    yield 1, f'fifty labels at rates 0.3, 0 and 1, null class {null}', \
+        lambda: [student.hide_labels(labels_B, noise_B, rate, null) for rate in (0.3, 0.0, 1.0)]
 
 
 def loss_by_scale(student, seed):
     logits_BLV, lengths = normal(seed, 3, 14, 8), [1, 4, 9]
     tokens_BL = torch.from_numpy(np.random.default_rng(seed).integers(8, size=(3, 14)))
-    for i, what in enumerate(('loss of all tokens', 'loss of each scale')):
-        yield 1, what, lambda: student.loss_by_scale(logits_BLV, tokens_BL, lengths)[i]
+    yield 1, 'loss of all tokens, and its gradient', lambda: with_gradients(
+        lambda logits_BLV: student.loss_by_scale(logits_BLV, tokens_BL, list(lengths))[0], logits_BLV)
+    yield 1, 'loss of each scale', lambda: student.loss_by_scale(logits_BLV, tokens_BL, list(lengths))[1]
 
 
 def last_inputs(student, seed):
     tokenizer = sample.load(ROOT / 'notebooks' / 'cifar10.pt')[0]
     tokens_BL = torch.from_numpy(np.random.default_rng(seed).integers(1024, size=(3, 85)))
-    yield 3, 'inputs of three pictures', lambda: student.last_inputs(tokenizer, tokens_BL)
+    tokenizer.requires_grad_()
+
+    def inputs():
+        found = student.last_inputs(tokenizer, tokens_BL)
+        return [found, found.requires_grad]
+    yield 3, 'inputs of three pictures, and that no gradient hangs on them', inputs
 
 
 def small_var(seed: int) -> VAR:

@@ -132,7 +132,7 @@ A2 = [
     ('questions', 'for numbers of four bytes', 'cache=2 * row * 680', 'cache=4 * row * 680'),
     ('questions', 'for the last scale alone', '(169 + 256)', '256'),
     ('questions', 'from the tokens, and not from pairs of them', 'saved=pairs / near', 'saved=680 / 425'),
-    ('questions', 'with the mask that training needs in mind', "mask='b'", "mask='c'"),
+    ('questions', 'as if later tokens were there, with keys of zeros', "mask='b'", "mask='c'"),
 ]
 A3 = [
     ('ramp', 'backwards', 'first + (last - first) * k', 'last + (first - last) * k'),
@@ -150,9 +150,10 @@ A3 = [
      'return logits_BlV.masked', 'return logits_BlV.log_softmax(-1).masked'),
     ('top_p', 'with places in the order taken for tokens',
      'scatter(-1, order, mass_before >= p)', 'logical_or(mass_before >= p)'),
-    ('draw', 'with the likeliest first',
-     'probs = logits_BlV.softmax(-1)\n    token',
-     'probs = logits_BlV.sort(-1, descending=True)[0].softmax(-1)\n    token'),
+    ('draw', 'with the likeliest first, as var.py draws', 'probs = logits_BlV.softmax(-1)',
+     'order = logits_BlV.argsort(-1, descending=True)\n'
+     '    rank = (logits_BlV.softmax(-1).gather(-1, order).cumsum(-1) <= noise_Bl[..., None]).sum(-1, True)\n'
+     '    return order.gather(-1, rank.clamp_max(order.shape[-1] - 1))[..., 0]\n    probs = 0'),
     ('draw', 'with nothing to catch what falls off the end', 'torch.minimum(token, last)', 'token'),
     ('draw', 'with codes whose cumulative probability equals the noise', '<= noise_Bl', '< noise_Bl'),
     ('draw', 'with the likeliest, whatever the noise',
