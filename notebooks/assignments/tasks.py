@@ -368,7 +368,7 @@ def small_var(seed: int) -> VAR:
 
 
 def drawings(count: int, seed: int) -> tuple:
-    """A trained tokenizer; labels, tokens, and the two kinds of inputs of drawings."""
+    """Labels, tokens by the committed tokenizer, and the two kinds of inputs, of so many drawings."""
     from train import draw_shapes, to_float             # here, since it takes long to import
     tokenizer = sample.load(ROOT / 'notebooks' / 'cifar10.pt')[0]
     pictures, labels_N = draw_shapes(count, seed)
