@@ -34,10 +34,13 @@ import sys
 import tempfile
 import time
 import typing
+import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import reduce
+from os.path import expanduser
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,9 +54,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import sample
-from sample import (ANY_COUNT, COUNT, POSITIVE, SAMPLING, SHARE, STRENGTH, Stop, UserError, add_flag, all_sum,
-                    autocast, check, from_rank_0, number, one_line, rank, rank_0_first,
-                    start_processes, to_float, world_size)
+from sample import (ANY_COUNT, COUNT, DTYPES, SAMPLING, SHARE, STRENGTH, UserError, autocast, check, number,
+                    one_line, open_checkpoint, rank, save_file, start_processes, to_float,
+                    wait_for_all, world_size)
 from var import VAR, VARConfig
 from vqvae import VQVAE, Classifier, Discriminator, VQVAEConfig
 
@@ -112,6 +115,36 @@ def say(text: str):
     """Prints a line, once for all processes, above the progress bar."""
     if rank() == 0:
         tqdm.write(text)
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """The sum over all processes, in place, the same to the bit in each."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def from_rank_0(value):
+    """What rank 0 found, in all processes."""
+    if dist.is_initialized():
+        dist.broadcast_object_list(values := [value])
+        return values[0]
+    return value
+
+
+@contextmanager
+def rank_0_first():
+    """For what would fail in all processes alike: rank 0 tries it first, and is the one that complains."""
+    failed = torch.tensor(float(rank() == 0))
+    if rank() > 0 and all_sum(failed):
+        time.sleep(10)                                      # until rank 0 has spoken, and torchrun ends all
+        os._exit(2)
+    try:
+        yield
+        failed.zero_()
+    finally:
+        if rank() == 0:
+            all_sum(failed)
 
 
 def seed_of(*numbers: int) -> int:
@@ -181,7 +214,7 @@ def md5(content) -> str:
 
 def download_cifar10(folder: Path, url: str = CIFAR10_URL, expected: str = CIFAR10_MD5):
     """Downloads and unpacks the binary files to folder/cifar-10-batches-bin, all of them or none."""
-    sample.prepare_folder(folder, '--data-dir')
+    folder.mkdir(parents=True, exist_ok=True)
     advice = 'try again, or unpack CIFAR-10 (binary version) yourself and name its folder with --data-dir'
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         archive = Path(scratch, 'cifar-10-binary.tar.gz')
@@ -344,7 +377,7 @@ def find_images(folder: Path) -> tuple[list[tuple[str, str]], str]:
                 if class_name is None:
                     reason = 'outside of class folders'
                 elif name.lower().endswith(endings):
-                    images.append((path, sample.plain(class_name)))
+                    images.append((path, class_name))
                 else:
                     reason = os.path.splitext(name)[1].lower() or 'without an ending'
             elif not os.path.isdir(path):
@@ -412,12 +445,27 @@ def hold_out(images: list, count: int, random: np.random.Generator) -> tuple[lis
     return [images[i] for i in range(len(images)) if i not in held], [images[i] for i in sorted(held)]
 
 
+def limit_of_container(name: str) -> float:
+    """The first number in a file of cgroups, of version 2 or 1; infinite where there is none."""
+    try:
+        return float(Path('/sys/fs/cgroup', name).read_text().split()[0].replace('max', 'inf'))
+    except (OSError, ValueError, IndexError):
+        return math.inf
+
+
 def usable_cores() -> int:
     """Processors that this process may use: less than all under taskset, in a job or a container."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    quotas = [sample.limit_of_container(name) for name in ('cpu.max', 'cpu/cpu.cfs_quota_us')]
+    quotas = [limit_of_container(name) for name in ('cpu.max', 'cpu/cpu.cfs_quota_us')]
     quota = min(quota for quota in quotas if quota > 0)         # microseconds of 100,000; -1 for none
     return max(1, int(min(cores, quota / 100_000)))
+
+
+def read_image(path: str | Path, size: int, random: np.random.Generator | None = None) -> np.ndarray:
+    """An image file as the released code cuts it: uint8 (size, size, 3). Its shorter side becomes 1.125 *
+    size, of which a square is taken at random, or in the centre. Raises UserError, which names the file."""
+    shorter = round(1.125 * size)
+    return sample.cut_square(sample.open_image(path, shorter), size, shorter, random)
 
 
 class FolderData(Data):
@@ -454,13 +502,13 @@ class FolderData(Data):
             path, class_name = found[number]
             random = np.random.default_rng((self.args.seed, epoch, number)) if epoch >= 0 else None
             try:
-                image = sample.read_image(path, self.size, random)
+                image = read_image(path, self.size, random)
                 is_mirrored = self.args.flip and random is not None and random.random() < 0.5
                 return image[:, ::-1] if is_mirrored else image, class_name
-            except Exception as error:                      # Pillow fails in many ways on a broken file
+            except UserError as error:
                 if path not in self.broken:
                     self.broken.add(path)
-                    tqdm.write(f'broken, left out: {path} ({one_line(error)})', file=sys.stderr)
+                    tqdm.write(f'broken, left out: {error}', file=sys.stderr)
             check(len(self.broken) <= 0.01 * total, f'--data-dir {self.args.data_dir}: {len(self.broken)} of '
                   f'{total} images are broken, more than 1%; mend or remove them (they are named above)')
         raise UserError(f'--data-dir {self.args.data_dir}: all {len(found)} images of one kind are broken')
@@ -497,6 +545,17 @@ def load_data(args: argparse.Namespace, image_size: int, device: torch.device) -
               f'{max(1, size // world_size()) * world_size()} would do')
     check(data.val_count >= world_size(), f'--val-count {data.val_count}: fewer than there are processes')
     return data
+
+
+def write_note(path: Path, made: dict):
+    """What lies beside it depends on this: a line for each name and value."""
+    save_file(path, lambda file: file.write('\n'.join(f'{name} {made[name]}' for name in made).encode()))
+
+
+def differing(note: Path, made: dict) -> list[str]:
+    """By which names a note says something else."""
+    lines = {f'{name} {value}' for name, value in made.items()}
+    return sorted({line.split()[0] for line in lines ^ {*note.read_text('utf-8').splitlines()}})
 
 
 CACHED_AT_ONCE = 64             # images, at most; in other batches rounding may differ
@@ -539,12 +598,14 @@ class TokenData:
         note, size, data = self.path.with_suffix('.txt'), 2 * math.prod(self.shape), self.data
         check(fits_16_bits(self.stage, tokenizer), '--cache-tokens: more codes or classes than 16 bits can '
               'tell apart; say --no-cache-tokens')
-        made = dict(tokenizer=sample.fingerprint([*tokenizer.state_dict().values()]), images=data.fingerprint,
+        weights = tokenizer.state_dict().values()
+        crc = reduce(lambda crc, tensor: zlib.crc32(tensor.cpu().numpy(), crc), weights, 0)
+        made = dict(tokenizer=crc, images=data.fingerprint,
                     dtype=sample.choose_dtype(self.stage.run.device, args.dtype), flip=args.flip,
                     crop=args.crop, views=data.views, val_count=data.val_count,
                     seed=args.seed if data.is_cropped else None, **asdict(tokenizer.config))
         if note.exists() and self.path.exists():
-            others, found = sample.differing(note, made), self.path.stat().st_size
+            others, found = differing(note, made), self.path.stat().st_size
             check(not others, f'{self.path}: holds tokens of another {", ".join(others)}; remove it, and it '
                   'is written anew, or choose another --out')
             check(found == size, f'{self.path}: torn, has {found} bytes instead of {size}; remove it, and it '
@@ -554,8 +615,8 @@ class TokenData:
             free = shutil.disk_usage(self.path.parent).free
             check(free > size, f'--cache-tokens: {self.path} takes {size / 2 ** 30:,.1f} GiB, but only '
                   f'{free / 2 ** 30:,.1f} are free; say fewer --cache-passes or --no-cache-tokens')
-            sample.save_file(self.path, lambda file: file.truncate(size))
-            sample.write_note(note, made)       # last: with it, the file counts
+            save_file(self.path, lambda file: file.truncate(size))
+            write_note(note, made)       # last: with it, the file counts
 
     @rank_0_first()
     def check_rows(self, rows: np.ndarray, tokenizer: VQVAE):
@@ -625,7 +686,7 @@ def train_tokenizer(run: SimpleNamespace, tokenizer: VQVAE):
         classifier = Classifier(len(run.data.class_names), tokenizer.config.image_size,
                                 args.classifier_channels).to(run.device)
         stage.add('classifier', classifier, betas=(0.9, 0.95), weight_decay=args.weight_decay)
-        perceptual = classifier.distance
+        perceptual = classifier.perceptual_distance
     elif args.perceptual_weight:
         perceptual = load_lpips(run.device)
     if args.adversarial_weight:
@@ -654,8 +715,8 @@ def train_tokenizer(run: SimpleNamespace, tokenizer: VQVAE):
             stage.report(validate_tokenizer(stage, tokenizer))
             if rank() == 0:
                 weights = {name: tensor.cpu() for name, tensor in tokenizer.state_dict().items()}
-                sample.save_checkpoint(run.out / 'vqvae.pt', 'vqvae', vqvae=weights,
-                                       vqvae_config=asdict(tokenizer.config))
+                save_checkpoint(run.out / 'vqvae.pt', 'vqvae', vqvae=weights,
+                                vqvae_config=asdict(tokenizer.config))
                 show_reconstructions(run, tokenizer)
 
 
@@ -887,7 +948,28 @@ def save_csv(path: Path, rows: list[dict]):
     writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row))
     writer.writeheader()
     writer.writerows(rows)
-    sample.save_file(path, lambda file: file.write(text.getvalue().encode()))
+    save_file(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def save_checkpoint(path: Path, kind: str, previous: Path | None = None, **content):
+    """What open_checkpoint reads. What stood at path is kept as `previous`, if that is named."""
+    new = path.with_suffix('.new') if previous else path
+    save_file(new, lambda file: torch.save(dict(kind=kind, **content), file))
+    if previous:
+        if path.exists():
+            os.replace(path, previous)
+        os.replace(new, path)
+
+
+@contextmanager
+def what_a_file_holds(complaint: str):
+    """What fails in here, fails by the content of a file: an error of the user's, which begins like this."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as error:
+        if sample.is_out_of_memory(error):
+            raise
+        raise UserError(f'{complaint} ({one_line(error)})') from None
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float, but=()) -> list[dict]:
@@ -989,7 +1071,8 @@ class Stage:
         launcher = f'torchrun {many}--nproc-per-node {processes}' if processes else 'python'
         say(f'stopped at step {self.step} of {self.total} of {self.name}, all saved; to go on: '
             f'{launcher} train.py --resume --out {shlex.quote(str(self.run.out))}')
-        raise Stop(128 + self.signal if self.signal else 0)
+        wait_for_all()                      # else torchrun could end rank 0 before it has saved
+        raise SystemExit(128 + self.signal if self.signal else 0)
 
     def set_schedule(self):
         self.lr_now = self.lr * learning_rate(self.done, self.last_lr)
@@ -1111,9 +1194,9 @@ class Stage:
             settings = {name: value for name, value in vars(self.args).items() if name not in NOT_SAVED}
             weights = {name: unwrapped(network).state_dict() for name, network in self.networks.items()}
             optimizers = {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
-            sample.save_checkpoint(
+            save_checkpoint(
                 self.run.out / 'last.pt', 'resume', self.run.out / 'previous.pt', settings=settings,
-                data=self.run.data.fingerprint, launch=self.run.launch, stage=self.name,
+                data=self.run.data.fingerprint, stage=self.name,
                 unfinished=not self.is_over, weights=weights, optimizers=optimizers, state=self.state,
                 **{name: getattr(self, name) for name in COUNTERS})
             while self.run.replaced:
@@ -1125,7 +1208,7 @@ class Stage:
         saved, self.run.saved = self.run.saved, None        # as large as model and optimizer together
         if saved and saved['stage'] == self.name:
             said = f'{self.run.out}/last.pt: not what this train.py saves; start anew in another --out'
-            with sample.what_a_file_holds(said):
+            with what_a_file_holds(said):
                 for name, network in self.networks.items():
                     unwrapped(network).load_state_dict(saved['weights'][name])
                 for name, optimizer in self.optimizers.items():
@@ -1143,8 +1226,8 @@ class Stage:
 # -------------------------------------------------------------------------------------- the folder of a run
 COUNTERS = 'step seconds budget log metrics'.split()            # of a stage, saved as they are
 SAVED = {*COUNTERS, 'settings', 'data', 'stage', 'unfinished', 'weights', 'optimizers', 'state'}
-NOT_SAVED = 'out resume overwrite stop_after_minutes bench given'.split()
-MAY_CHANGE = ('device dtype workers compile activation_checkpointing cache_tokens cache_passes data_dir '
+NOT_SAVED = 'out resume overwrite stop_after_minutes given'.split()
+MAY_CHANGE = ('device dtype workers compile cache_tokens cache_passes data_dir '
               'micro_batch_size vqvae_micro_batch_size log_every_steps save_every_steps '
               'vqvae_lr var_lr').split()                        # by flags beside --resume
 
@@ -1154,8 +1237,11 @@ def read_resume(out: Path, mmap: bool = False) -> dict | None:
     for path in (out / 'last.pt', out / 'previous.pt'):
         if path.exists():
             try:
-                return sample.read_checkpoint(path, ('resume',), mmap)
-            except sample.TornError as error:       # rank 0 comes first, and leaves none to the others
+                with open_checkpoint(path, 'resume', mmap=mmap) as saved:
+                    return saved
+            except UserError as error:              # rank 0 comes first, and leaves none to the others
+                if 'torn, or not' not in str(error):
+                    raise
                 say(f'passed over: {error}')
                 path.replace(path.with_suffix('.torn'))
     return None
@@ -1172,7 +1258,7 @@ def alone_in(out: Path):
     if rank() > 0:
         yield
         return
-    sample.prepare_folder(out, '--out')
+    out.mkdir(parents=True, exist_ok=True)
     if not fcntl:
         yield
         return
@@ -1210,6 +1296,15 @@ def claim_folder(out: Path, args: argparse.Namespace, stages: list[str]) -> list
     return [*held, *others, *kept] if args.overwrite else []
 
 
+def load_tokenizer(path: str | Path, scales: tuple[int, ...] | None = None) -> VQVAE:
+    """The tokenizer in a vqvae.pt, a var.pt or the authors' file (which doesn't say its scales), frozen."""
+    with open_checkpoint(path, 'vqvae', 'var', 'other') as checkpoint:
+        if 'kind' in checkpoint:
+            return sample.build(VQVAE, VQVAEConfig(**checkpoint['vqvae_config']), checkpoint['vqvae'])
+        check(scales, f"{path}: not made by train.py; if it is the authors', say its --scales")
+        return VQVAE.from_official(checkpoint, scales).requires_grad_(False).eval()
+
+
 def tokenizer_for_stage_2(args: argparse.Namespace, out: Path, saved: dict | None) -> VQVAE:
     """The tokenizer for a stage 2 without a stage 1. (The authors' file doesn't say its scales.)"""
     path = Path(args.tokenizer or out / 'vqvae.pt')
@@ -1218,14 +1313,14 @@ def tokenizer_for_stage_2(args: argparse.Namespace, out: Path, saved: dict | Non
     check(path.is_file(), f'--stage var: there is no tokenizer {path}; train one with --stage vqvae, or name '
           'one with --tokenizer')
     says_scales = saved or 'scales' in args.given or 'scales' in PRESETS[args.preset]
-    tokenizer = sample.load_tokenizer(path, args.scales if says_scales else None)
+    tokenizer = load_tokenizer(path, args.scales if says_scales else None)
     is_single = len(tokenizer.config.scales) == 1
     advice = ('one map goes with --order raster' if is_single else 'train one of a single map by --stage '
               'vqvae --order raster --scales 8')
     check(is_single == (args.order == 'raster'), f'--order {args.order}: the tokenizer in {path} has the '
           f'scales {tokenizer.config.scales}; {advice}')
     for name, value in asdict(tokenizer.config).items():
-        check(name not in args.given or getattr(args, name) == value, f'{sample.flag(name)} '
+        check(name not in args.given or getattr(args, name) == value, f'{flag(name)} '
               f'{getattr(args, name)}: the tokenizer in {path} has {value}; omit the flag')
     return tokenizer
 
@@ -1236,13 +1331,16 @@ STOPS = 'SIGINT SIGTERM SIGHUP SIGUSR1 SIGUSR2 SIGXCPU'.split()
 @contextmanager
 def signals_noted():
     """Ctrl-C, SIGTERM, SIGHUP (of a terminal that closes) and what schedulers warn with are put on a list,
-    for the loop to finish its step and save. A second Ctrl-C acts; what nohup ignores stays ignored."""
+    for the loop to finish its step and save. A second Ctrl-C acts; what nohup ignores stays ignored. Nothing
+    is printed to a terminal that has closed, since that would fail before the save."""
     def note(which, frame):
         noted.append(which)
         if which == signal.SIGINT:
             signal.signal(which, before[which])
+        for stream in terminals if which == getattr(signal, 'SIGHUP', None) else ():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
-    noted, before = [], {}
+    noted, before, terminals = [], {}, [stream for stream in (1, 2) if os.isatty(stream)]
     for which in [getattr(signal, name) for name in STOPS if hasattr(signal, name)]:        # Windows has two
         if which == signal.SIGINT or signal.getsignal(which) != signal.SIG_IGN:
             before[which] = signal.signal(which, note)
@@ -1254,20 +1352,30 @@ def signals_noted():
 
 
 # ---------------------------------------------------------------------------------------------- command line
+def flag(name: str) -> str:
+    return '--' + name.replace('_', '-')
+
+
+def path(text: str) -> str:
+    """An argparse type; a shell leaves --out=~/x as it is."""
+    return expanduser(text)
+
+
+INTEGER = number(int, 'below 2^31', lambda n: abs(n) < 2 ** 31)
+POSITIVE = number(float, 'above 0', lambda x: 0 < x < math.inf)
 PART = number(float, 'in (0, 1)', lambda x: 0 < x < 1)
-SEED = number(int, 'in [0, 2^31)', lambda n: 0 <= n < 2 ** 31, most=10 ** 99)
 DURATION = number(float, 'above 0 and below 1e9', lambda x: 0 < x < 1e9)
-SIXTEENS = number(int, 'a multiple of 16', lambda n: n >= 16 and n % 16 == 0)     # groups of its norms
+SIXTEENS = number(int, 'a multiple of 16', lambda n: 16 <= n < 2 ** 31 and n % 16 == 0)     # groups of norms
 FLAGS = {                               # name, type, default, help; or a field of VQVAEConfig or VARConfig
     'what most people need first': [
         ('preset', list(PRESETS), 'shapes', 'the data, and a value for every flag below'),
-        ('data_dir', str, None, 'CIFAR-10, or images in train/<class>/ and perhaps val/<class>/'),
-        ('out', str, None, 'folder of the run; absent: out/<preset>'),
+        ('data_dir', path, None, 'CIFAR-10, or images in train/<class>/ and perhaps val/<class>/'),
+        ('out', path, None, 'folder of the run; absent: out/<preset>'),
         ('resume', bool, False, 'go on from the last save in --out'),
         'depth',
         ('budget_minutes', DURATION, None, 'fit the whole schedule into so much training, over all resumes'),
         ('device', str, 'auto', 'auto (a GPU where there is one), cpu, cuda, ...'),
-        ('dtype', ['auto', 'float32', 'bfloat16'], 'auto', 'of autocast; auto: bfloat16 on a GPU')],
+        ('dtype', DTYPES, 'auto', 'of autocast; auto: bfloat16 on a GPU that has it')],
     'data': [
         ('train_count', COUNT, None, 'images to train on; absent: all (of drawn shapes 12,000)'),
         ('val_count', COUNT, 1000, 'held-out images that are looked at in a validation, at most'),
@@ -1276,10 +1384,10 @@ FLAGS = {                               # name, type, default, help; or a field 
         ('cache_tokens', bool, None, 'stage 2 reads tokens, written once; absent: for drawn shapes and '
          'CIFAR-10 without --crop, if it meets each image at least once'),
         ('cache_passes', COUNT, 8, 'how many random crops of an image are cached'),
-        ('seed', SEED, 0, 'all that is random follows from it')],
+        ('seed', ANY_COUNT, 0, 'all that is random follows from it')],
     'schedule': [
         ('stage', ['vqvae', 'var', 'both'], 'both', 'what to train'),
-        ('tokenizer', str, None, 'vqvae.pt or var.pt for --stage var; absent: vqvae.pt in --out'),
+        ('tokenizer', path, None, 'vqvae.pt or var.pt for --stage var; absent: vqvae.pt in --out'),
         ('vqvae_steps', COUNT, None, 'of stage 1; absent: --vqvae-epochs'),
         ('var_steps', COUNT, None, 'of stage 2; absent: --var-epochs'),
         ('vqvae_epochs', DURATION, 1.0, 'stage 1 in rounds through the training images'),
@@ -1320,13 +1428,25 @@ FLAGS = {                               # name, type, default, help; or a field 
         ('top_p', SHARE, 0.96, 'likewise')],
     'the machine': [
         ('compile', bool, False, 'compile the blocks of the transformer, by torch.compile'),
-        ('activation_checkpointing', bool, False, 'keep only the inputs of blocks, and compute the rest '
-         'again in the backward pass: less memory, more time'),
-        ('bench', bool, False, 'train nothing: time a step of stage 2 on random tokens (--no-cache-tokens: '
-         'images), and sampling; a JSON line each'),
         ('micro_batch_size', COUNT, None, 'images a GPU takes at once, at most; absent: all its share'),
         ('vqvae_micro_batch_size', COUNT, None, 'the same of stage 1; absent: --micro-batch-size'),
         ('workers', ANY_COUNT, None, 'threads that read images, for each GPU; absent: by its cores')]}
+
+
+def add_flag(group, name: str, kind, default, help: str):
+    """kind: bool, choices (a list or a Literal), or the type of an argument, of which tuple[int, ...] takes
+    several, and int | None one."""
+    options = dict(default=default, help=help.replace('%', '%%'))
+    if kind is bool:
+        options |= dict(action=argparse.BooleanOptionalAction)
+    elif isinstance(kind, list) or typing.get_origin(kind) is typing.Literal:
+        options |= dict(choices=list(typing.get_args(kind) or kind))
+    else:
+        kinds = typing.get_args(kind) or [kind]
+        if typing.get_origin(kind) is tuple:
+            options |= dict(nargs='+')
+        options |= dict(type={int: INTEGER}.get(kinds[0], kinds[0]), metavar=kinds[0].__name__.upper())
+    group.add_argument(flag(name), **options)
 
 
 def build_parser() -> sample.Parser:
@@ -1345,18 +1465,15 @@ def build_parser() -> sample.Parser:
     return parser
 
 
-def parse(argv: list[str], launch: str | None = None) -> tuple[argparse.Namespace, dict | None]:
-    """The settings: flags, over those of the preset or of the run that goes on; and what that one saved.
-    launch: the torchrun that starts us, perhaps once more; what it began goes on without --resume."""
+def parse(argv: list[str]) -> tuple[argparse.Namespace, dict | None]:
+    """The settings: flags, over those of the preset or of the run that goes on; and what that one saved."""
     parser, saved = build_parser(), None
     args = parser.parse_args(argv)
     given = {re.sub('^--(no-)?|=.*', '', word).replace('-', '_') for word in argv if word.startswith('--')}
     check(not (args.resume and args.overwrite), '--resume, --overwrite: say one or the other')
     out = args.out or f'out/{args.preset}'
-    if args.resume or launch:
+    if args.resume:
         saved = read_resume(Path(out))
-    if saved and not args.resume and saved.get('launch') != launch:
-        saved = None
     check(saved is not None or not args.resume, f'--resume: {out} holds no run that can be resumed; start '
           'one without it')
     if saved:
@@ -1371,11 +1488,11 @@ def parse(argv: list[str], launch: str | None = None) -> tuple[argparse.Namespac
             for name, value in vars(parser.parse_args(argv)).items()}
     args |= dict(resume=bool(saved), overwrite=args['overwrite'] and not saved)
     for name in had if saved else ():
-        check(name in MAY_CHANGE or args[name] == had[name], f'{sample.flag(name)} {args[name]}: the run to '
+        check(name in MAY_CHANGE or args[name] == had[name], f'{flag(name)} {args[name]}: the run to '
               f'resume has {had[name]}; omit the flag, or start anew in another --out')
     for stage in () if saved else ('vqvae', 'var'):         # three ways to say how long: what was given holds
         ways = [name for name in ('budget_minutes', f'{stage}_epochs', f'{stage}_steps') if name in given]
-        check(len(ways) < 2, f"{', '.join(map(sample.flag, ways))}: say one or the other")
+        check(len(ways) < 2, f"{', '.join(map(flag, ways))}: say one or the other")
         if f'{stage}_epochs' in given:
             args[f'{stage}_steps'] = None
     return argparse.Namespace(**args, given=given), saved
@@ -1385,18 +1502,18 @@ def settings_of(saved: dict, parser: sample.Parser, out: str) -> dict:
     """The settings of a run that goes on, if they are such as its flags could have been."""
     unlike, words = f'{out}/last.pt: not what this train.py saves; start anew in another --out', []
     names = vars(parser.parse_args([])).keys() - {*NOT_SAVED}
-    with sample.what_a_file_holds(unlike):
+    with what_a_file_holds(unlike):
         settings = dict(saved['settings'])
         parts = [saved[name] for name in ('weights', 'optimizers', 'state')]
         is_like = SAVED <= saved.keys() and saved['stage'] in ('vqvae', 'var') and settings.keys() == names
         check(is_like and all(isinstance(part, dict) for part in parts), unlike)
         for name, value in settings.items():
             if isinstance(value, bool):
-                words.append(sample.flag(name) if value else f'--no-{sample.flag(name)[2:]}')
+                words.append(flag(name) if value else f'--no-{flag(name)[2:]}')
             elif isinstance(value, (tuple, list)):
-                words += [sample.flag(name), *map(str, value)]
+                words += [flag(name), *map(str, value)]
             elif value is not None:
-                words.append(f'{sample.flag(name)}={value}')
+                words.append(f'{flag(name)}={value}')
         try:
             args = vars(parser.parse_args(words))
         except UserError:
@@ -1404,17 +1521,26 @@ def settings_of(saved: dict, parser: sample.Parser, out: str) -> dict:
         return {name: tuple(args[name]) if isinstance(args[name], list) else args[name] for name in names}
 
 
+@contextmanager
+def config_errors_as_flags():
+    """A config's ValueError, 'field_name=value: why', as a UserError about the flag --field-name."""
+    try:
+        yield
+    except ValueError as error:
+        name, _, rest = str(error).partition('=')
+        raise UserError(f'{flag(name)} {rest}') from None
+
+
 def make(config_class, args: argparse.Namespace, **more):
     """A config from the settings that are fields of it."""
     names = config_class.__dataclass_fields__.keys() & vars(args).keys()
-    with sample.config_errors_as_flags():
+    with config_errors_as_flags():
         return config_class(**{name: getattr(args, name) for name in names} | more)
 
 
 def make_transformer(args: argparse.Namespace, device: torch.device, **more) -> VAR:
     """A new one, as the settings say, ready to be trained."""
     var = VAR(make(VARConfig, args, **more)).to(device)
-    var.is_checkpointed = args.activation_checkpointing
     if args.compile:
         for block in var.blocks:
             block.compile()
@@ -1432,38 +1558,13 @@ def check_loss_terms(args: argparse.Namespace, image_size: int, classes: int):
         check(classes > 1, f'{said} two classes or more; say --perceptual-weight 0')
 
 
-def note_slow_bfloat16(device: torch.device):
-    """Muon multiplies in bfloat16, for which many CPUs have no instructions."""
-    matrix = torch.ones(512, 512, device=device)        # not random, lest what is drawn later differs
-    by_32, by_16 = (sample.seconds_of(lambda: a @ a, device) for a in (matrix, matrix.bfloat16()))
-    if by_16 > 2 * by_32:
-        say(f'note: this {device.type} multiplies bfloat16 {by_16 / by_32:.0f} times slower than float32; '
-            'Muon multiplies in it, so --var-optimizer adamw will learn more in the same time')
-
-
-def bench(args: argparse.Namespace, device: torch.device):
-    """Times stage 2 and sampling with these settings, on random weights and data."""
-    tokenizer = VQVAE(make(VQVAEConfig, args)).to(device).requires_grad_(False)
-    var = make_transformer(args, device)
-    B, config = args.batch_size, tokenizer.config
-    data = SimpleNamespace(count=B)
-    stage = Stage(SimpleNamespace(args=args, data=data, device=device), 'var', var)
-    images = torch.rand(B, 3, config.image_size, config.image_size, device=device) * 2 - 1
-    tokens_BL = torch.randint(config.vocab_size, (B, sum(stage.lengths)), device=device)
-    labels_B = torch.randint(var.config.num_classes, (B,), device=device)
-    is_cached, flops = args.cache_tokens is not False, sample.flops_of(config, var.config)
-
-    def step():
-        train_on(stage, tokenizer, tokens_BL if is_cached else images, labels_B)
-        stage.move_weights()
-    if args.compile:
-        tokenizer.decoder.compile()
-    said = dict(dtype=sample.choose_dtype(device, args.dtype), batch=B, depth=args.depth,
-                micro_batch=stage.micro_batch_size, compile=args.compile)
-    sample.bench('train_cached' if is_cached else 'train', step, device, 'tokens', tokens_BL.numel(),
-                 B * (flops['train'] + (0 if is_cached else flops['encode'])), **said)
-    how = {name: getattr(args, name) for name in SAMPLING}
-    sample.bench_sampling(tokenizer, var, B, args.dtype, how, compile=args.compile)
+def check_compiler(device: torch.device):
+    """Complains early where --compile would fail late."""
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(2, device=device))
+    except Exception as error:                              # in many ways
+        raise UserError('--compile: torch.compile finds no working compiler (g++, or Triton on a GPU); '
+                        f'install one, or omit the flag ({one_line(error)})') from None
 
 
 def open_run(args: argparse.Namespace, saved: dict | None, device: torch.device, at_the_end: ExitStack,
@@ -1495,39 +1596,32 @@ def open_run(args: argparse.Namespace, saved: dict | None, device: torch.device,
 
 
 def main(argv: list[str]):
-    began, launch = time.monotonic(), start_processes()
+    began = time.monotonic()
+    start_processes()
     with ExitStack() as at_the_end:
-        is_restarted = from_rank_0(int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0)
         with rank_0_first():                                    # who also downloads for all
             first = build_parser().parse_args(argv)
             out = Path(first.out or f'out/{first.preset}')
-            is_locked = out.is_dir() and not first.bench        # before its save is read
+            is_locked = out.is_dir()                            # before its save is read
             if is_locked:
                 at_the_end.enter_context(alone_in(out))
-            args, saved = parse(argv, launch if is_restarted else None)
+            args, saved = parse(argv)
             device = sample.choose_device(args.device)
             torch.manual_seed(args.seed)
             if args.compile:
-                sample.check_compiler(device)
-            if args.bench:
-                check(world_size() == 1, '--bench: times one process')
-                return bench(args, device)
+                check_compiler(device)
             run, tokenizer, stages = open_run(args, saved, device, at_the_end, is_locked)
-        run.began, run.launch, data, config = began, launch, run.data, tokenizer.config
+        run.began, data, config = began, run.data, tokenizer.config
         seen = [data.fingerprint, saved and f"{saved['stage']} {saved['step']}"]
         of_rank_0 = from_rank_0(seen)
         check(seen == of_rank_0, f'--data-dir {args.data_dir}, --out {out}: other images or another save '
               f'than rank 0 sees ({seen}, not {of_rank_0}); make the folders equal')
         if device.index is not None:
             torch.cuda.set_device(device)
-        if args.var_optimizer == 'muon' and 'var' in stages and not saved:
-            note_slow_bfloat16(device)
         tokenizer.to(device)
         say(f'{args.preset}: {data.count:,} images of {config.image_size}x{config.image_size} in '
             f'{len(data.class_names)} classes, {sum(tokenizer.scale_lengths)} tokens each, scales '
             f'{config.scales}, on {world_size()} x {device.type}')
-        if saved and is_restarted:
-            say(f"restarted by torchrun: goes on from step {saved['step']} of {saved['stage']}")
         del saved                                               # as large as model and optimizer together
         run.signals = at_the_end.enter_context(signals_noted())
         if 'vqvae' in stages:

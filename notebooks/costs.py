@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from sample import COUNT, Parser, flops_of, number, run_command             # noqa: E402
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+from bench import flops_of                                                  # noqa: E402
+from sample import COUNT, Parser, number, run_command                       # noqa: E402
 from train import POSITIVE, make, parse                                     # noqa: E402
 from var import VAR, VARConfig                                              # noqa: E402
 from vqvae import VQVAEConfig                                               # noqa: E402

@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from sample import Parser, UserError, check, prepare_folder, run_command    # noqa: E402
+from sample import Parser, UserError, check, run_command                    # noqa: E402
 
 
 def main(argv: list[str]):
@@ -19,7 +19,7 @@ def main(argv: list[str]):
     args = parser.parse_args(argv)
     check(Path(args.log).is_file(), f'{args.log}: no such file')
     check(args.image.endswith('.png'), f'{args.image}: must end in .png')
-    prepare_folder(Path(args.image).parent, 'folder')
+    Path(args.image).parent.mkdir(parents=True, exist_ok=True)
     try:
         rows = list(csv.DictReader(Path(args.log).read_text().splitlines()))
         scales = [name.removeprefix('loss_') for name in rows[0] if name.startswith('loss_')]

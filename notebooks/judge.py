@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from sample import (Parser, check, load, prepare_folder, read_checkpoint, run_command,      # noqa: E402
-                    save_checkpoint)
-from train import CIFAR10_CLASSES, FIGURES, augment, draw_shapes, read_cifar10, to_float  # noqa: E402
+from sample import Parser, check, load, open_checkpoint, run_command        # noqa: E402
+from train import (CIFAR10_CLASSES, FIGURES, augment, draw_shapes, read_cifar10,            # noqa: E402
+                   save_checkpoint, to_float)
 
 # by classes: data, channels of layers, epochs, mirrored or not, noise (clean drawings make a brittle judge)
 JUDGES = {tuple(FIGURES): ('shapes', (16, 32, 64), 3, False, 0.3),
@@ -146,9 +146,9 @@ def load_judge(name: str, images: Tensor, labels: Tensor, cache: str | Path, kin
     judge, cache, title = kind(widths, mirror), Path(cache), f'judge of {name}, {widths}, {epochs} epochs'
     title += ', residual' if kind is ResidualJudge else ''
     if cache.exists():
-        judge.load_state_dict(read_checkpoint(cache, (title,))['weights'])
+        with open_checkpoint(cache, title) as checkpoint:
+            judge.load_state_dict(checkpoint['weights'])
     else:
-        prepare_folder(cache.parent, '--cache')
         train_judge(judge, title, images, labels, epochs, noise)
         save_checkpoint(cache, title, weights=judge.state_dict())
     return judge.eval().requires_grad_(False)

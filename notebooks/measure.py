@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from judge import load_known, read_images                                 # noqa: E402
-from sample import COUNT, Parser, check, prepare_folder, run_command, save_npz, to_uint8  # noqa: E402
+from sample import COUNT, Parser, check, run_command, save_npz, to_uint8    # noqa: E402
 from train import to_float                                                  # noqa: E402
 
 
@@ -52,7 +52,6 @@ def main(argv: list[str]):
     args = parser.parse_args(argv)
     if args.npz:
         check(args.npz.endswith('.npz'), f'--npz {args.npz}: must end in .npz')
-        prepare_folder(Path(args.npz).parent, '--npz')
     name, tokenizer, var, _ = load_known(args.checkpoint)
     arrays = read_images(name, args.data_dir)
     N = min(args.count, len(arrays[2]))
@@ -72,7 +71,7 @@ def main(argv: list[str]):
           f'image; as many training images: {psnr(drawn, images):.2f} dB, {train_bits_L.sum():.1f} bits')
     if args.npz:
         arrays = to_uint8(test_drawn).permute(0, 2, 3, 1).numpy()
-        save_npz(Path(args.npz), arrays, test_labels.tolist(), var.class_names)
+        save_npz(Path(args.npz), arrays, tokenizer.config.image_size, test_labels.tolist(), var.class_names)
 
 
 if __name__ == '__main__':

@@ -32,12 +32,13 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
+from bench import flops_of, seconds_of                                                  # noqa: E402
 from judge import Judge, frechet_distance, load_judge, read_images                      # noqa: E402
 from measure import psnr                                                                # noqa: E402
-from sample import (POSITIVE, Parser, UserError, check, choose_device, draw, flag,      # noqa: E402
-                    flops_of, grid, load, prepare_folder, run_command, save_image, seconds_of,
-                    to_uint8)
-from train import MAY_CHANGE, make, parse, read_resume, save_csv, to_float              # noqa: E402
+from sample import (Parser, UserError, check, choose_device, draw, grid, load,          # noqa: E402
+                    run_command, save_image, to_uint8)
+from train import (MAY_CHANGE, POSITIVE, flag, make, parse, read_resume, save_csv,      # noqa: E402
+                   to_float)
 from var import VAR, VARConfig                                                          # noqa: E402
 from vqvae import VQVAE, VQVAEConfig                                                    # noqa: E402
 
@@ -166,7 +167,6 @@ def validations(out: Path) -> list[dict]:
 
 
 def write_csv(path: Path, rows: list[dict]):
-    prepare_folder(path.parent, '--out')
     save_csv(path, [{name: f'{value:.6g}' if isinstance(value, float) else value
                      for name, value in row.items()} for row in rows])
     print(f'{path}: {len(rows)} rows')
@@ -385,7 +385,6 @@ def sheet(args: argparse.Namespace):
     rows = [torch.cat([block[half:half + 2] for block in blocks[i:i + len(depths)]])
             for i in range(0, len(blocks), len(depths)) for half in (0, 2)]
     path = result(args, f'images/size-by-training-{args.preset}.png')
-    prepare_folder(path.parent, '--out')
     save_image(path, grid(torch.cat(rows), 2 * len(depths)))
     print(path)
 

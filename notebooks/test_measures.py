@@ -24,7 +24,7 @@ import train                                                                    
 from test_var import (README, check_wrong_flag, complaint, curve, seeded, tiny_run)     # noqa: E402, F401
 
 WRONG_FLAGS = """
-    measure.py RUN/var.pt --count 0                 | --count 0; 1 or more
+    measure.py RUN/var.pt --count 0                 | --count: 0: must be 1 or more
     measure.py RUN/vqvae.pt                         | vqvae.pt; kind 'vqvae'
     measure.py RUN/var.pt --npz a.png               | --npz a.png; .npz
     curves.py none.csv a.png                        | none.csv; no such file
@@ -32,11 +32,11 @@ WRONG_FLAGS = """
     curves.py RUN/var.pt a.png                      | var.pt; not the var.csv
     curves.py RUN/var.csv a.gif                     | a.gif; .png
     edits.py RUN/vqvae.pt                           | vqvae.pt; kind 'vqvae'
-    edits.py RUN/var.pt --count 0                   | --count 0; 1 or more
+    edits.py RUN/var.pt --count 0                   | --count: 0: must be 1 or more
     judge.py none.npz                               | none.npz; FileNotFoundError
     judge.py RUN/var.csv                            | var.csv; not what sample.py --npz writes
-    costs.py --mfu 2                                | --mfu 2; (0, 1]
-    costs.py --dept 3                               | --dept 3; did you mean --depth?
+    costs.py --mfu 2                                | --mfu: 2: must be in (0, 1]
+    costs.py --dept 3                               | unrecognized arguments: --dept 3
 """
 
 
@@ -182,7 +182,7 @@ def test_the_judge_names_samples_that_it_cannot_judge(tmp_path, capsys, monkeypa
                             labels='not what sample.py --npz writes').items():
         error = complaint(judge.main, [f'{name}.npz'], capsys, monkeypatch)
         assert f'{name}.npz' in error and all(word in error for word in words.split('; ')), error
-    sample.save_checkpoint(Path('other.pt'), 'var')
+    train.save_checkpoint(Path('other.pt'), 'var')
     write_npz('good.npz')
     assert "kind 'var'" in complaint(judge.main, ['good.npz', '--cache', 'other.pt'], capsys, monkeypatch)
 

@@ -13,7 +13,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import judge                                                                            # noqa: E402
 import studies                                                                          # noqa: E402
-from sample import UserError, flops_of, load                                            # noqa: E402
+from bench import flops_of                                                              # noqa: E402
+from sample import UserError, load                                                      # noqa: E402
 from vqvae import VQVAEConfig                                                           # noqa: E402
 from test_var import check_wrong_flag, curve, same_weights, seeded, tiny_run     # noqa: E402, F401
 
@@ -145,13 +146,13 @@ def test_a_tiny_study_runs_from_end_to_end(tmp_path, monkeypatch):
 
 WRONG_FLAGS = """
     studies.py                                      | the following arguments are required: study
-    studies.py scalin                               | study scalin; did you mean scaling?
-    studies.py scaling --share 0                    | --share 0; above 0
-    studies.py scaling --preset imagenet256         | --preset imagenet256; shapes
+    studies.py scalin                               | study; scalin; scaling
+    studies.py scaling --share 0                    | --share: 0: must be above 0
+    studies.py scaling --preset imagenet256         | --preset; imagenet256; shapes
     studies.py largest --share 0.5                  | prediction-cifar10-cpu.csv: cannot be read; comes first
     studies.py predict --share 0.5                  | scaling-cifar10-cpu.csv: cannot be read; comes first
     studies.py predict                              | knows depth 7 already
-    studies.py sheet --share 0.5                    | size-1/var-; no such file
+    studies.py sheet --share 0.5                    | size-1/var-; No such file
     studies.py ablation --data-dir nowhere --quiet  | nowhere; no such folder
 """
 

@@ -1,5 +1,7 @@
-"""costs.py: its FLOPs are those that torch counts, its memory is what autograd keeps."""
+"""bench.py and costs.py: FLOPs are those that torch counts, memory is what autograd keeps."""
+import json
 import resource
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,10 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import bench                                                                            # noqa: E402
 import costs                                                                            # noqa: E402
+import sample                                                                           # noqa: E402
 from train import parse                                                                 # noqa: E402
 from var import VAR, VARConfig                                                          # noqa: E402
 from vqvae import VQVAE, VQVAEConfig                                                    # noqa: E402
+from test_var import TINY, seeded, tiny_run, write_images                               # noqa: E402, F401
 
 
 def counted_flops(function) -> int:
@@ -75,3 +80,38 @@ def test_the_command_prints_a_row_and_allocates_nothing(capsys, tmp_path, monkey
     assert '64 GPUs of 312 TFLOP/s at an assumed MFU of 0.3' in text
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000    # KiB; weights: 8 GB
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('flags, whats', [
+    (TINY, ['train_cached', 'sample']), (TINY + '--no-cache-tokens', ['train', 'sample']),
+    (TINY + '--checkpoint RUN/var.pt --cfg 3', ['sample']), pytest.param(
+        TINY + '--compile', ['train_cached', 'sample'], marks=[pytest.mark.slow, pytest.mark.skipif(
+            not shutil.which('g++'), reason='needs a compiler')])])
+def test_bench_prints_json_and_leaves_no_file(flags, whats, tiny_run, tmp_path, capsys,  # noqa: F811
+                                              monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bench.main(flags.replace('RUN', str(tiny_run)).split())
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row['what'] for row in rows] == whats and not any(tmp_path.iterdir())
+    for row in rows:
+        rate = row.get('tokens_per_s') or row['images_per_s']
+        count = row['batch'] * (69 if 'tokens_per_s' in row else 1)
+        assert rate == pytest.approx(count / row['seconds'], rel=0.01) and row['peak_gib'] > 0
+        assert 0 <= row['mfu'] < 1 and row['matmul_tflop_per_s'] > 0
+        assert row['dtype'] == 'float32' and row['compile'] == ('--compile' in flags)
+        assert row.get('cfg', 3) == (3 if '--cfg' in flags or row['what'] != 'sample' else 2)
+
+
+def test_bench_of_the_loader_reads_what_a_whole_resize_reads(tmp_path, capsys):
+    bench.main(f'--loader {write_images(tmp_path, 3)}/train --image-size 32'.split())
+    row = json.loads(capsys.readouterr().out)
+    assert (row['images'], row['size']) == (3, 32) and row['images_per_s'] > 0 and row['ratio'] > 0
+    path = tmp_path / 'train/cat/0001.png'
+    ours, theirs = (read(path, 32, bench.np.random.default_rng(0)).astype(int)
+                    for read in (bench.train.read_image, bench.whole_resize))
+    assert abs(ours - theirs).max() <= 1
+
+
+def test_bench_names_a_checkpoint_that_will_not_do(tiny_run):                           # noqa: F811
+    with pytest.raises(sample.UserError, match="kind 'vqvae', but 'var' is needed"):
+        bench.main(['--checkpoint', str(tiny_run / 'vqvae.pt')])

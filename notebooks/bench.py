@@ -1,0 +1,170 @@
+"""Times a training step, sampling and the reading of images: a line of JSON each.
+
+    python notebooks/bench.py --preset cifar10-cpu --dtype bfloat16         # random weights: a step, sampling
+    python notebooks/bench.py --preset imagenet256 --depth 16 --batch-size 64 --compile
+    python notebooks/bench.py --checkpoint notebooks/cifar10.pt --batch-size 32     # sampling
+    python notebooks/bench.py --loader DIR --image-size 256                 # reads all images in DIR/<class>/
+
+Takes train.py's flags beside its own. A step is of stage 2, on tokens (--no-cache-tokens: on images). Seconds
+are medians of 7 runs after 3 to warm up. FLOPs are by formula; MFU is their share of the fastest matrix
+product of the same type, timed in the same run. Memory on a CPU is that of the process so far.
+"""
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train                                                                            # noqa: E402
+from sample import (SAMPLING, Parser, check, choose_device, choose_dtype, draw, load,   # noqa: E402
+                    run_command)
+from var import VARConfig                                                               # noqa: E402
+from vqvae import VQVAE, VQVAEConfig                                                    # noqa: E402
+
+
+def flops_of(tokenizer_config: VQVAEConfig, var_config: VARConfig) -> dict[str, int]:
+    """FLOPs of one image, a multiplication and an addition being two: 'encode', 'decode', 'train' (the
+    transformer forwards and backwards, on tokens), 'sample' (guided, decoding included) and 'unguided'."""
+    D, V, C, lengths = var_config.width, var_config.vocab_size, var_config.z_channels, var_config.lengths
+    L, depth, projections = sum(lengths), var_config.depth, 1 if var_config.shared_adaln else var_config.depth
+    adaln = (12 * projections + 4) * D * D if var_config.adaln else 0
+    seen = sum(length * sum(lengths[:k + 1]) for k, length in enumerate(lengths))
+    # a place: q, k, v, proj 8 D^2, MLP 16 D^2, head 2 D V; a pair of places, in a block: 4 D; a class: AdaLN
+    forward, drawn = ((24 * depth * D * D + 2 * D * V) * L + 4 * D * depth * pairs + adaln
+                      for pairs in (L * L, seen))
+    words = 2 * C * D * (L - 1)
+    with torch.device('meta'), torch.no_grad():
+        tokenizer, S = VQVAE(tokenizer_config), tokenizer_config.image_size
+        with FlopCounterMode(display=False) as encoder:
+            f = tokenizer.features(torch.empty(1, 3, S, S))
+        with FlopCounterMode(display=False) as decoder:
+            tokenizer.decode_f_hat(f)
+    decode = decoder.get_total_flops()
+    return dict(encode=encoder.get_total_flops(), decode=decode, train=3 * (forward + words),
+                sample=2 * drawn + words + decode, unguided=drawn + words // 2 + decode)
+
+
+def seconds_of(run, device: torch.device, runs: int = 7) -> float:
+    """The median of some runs, after some to warm up."""
+    def clock() -> float:
+        began = time.perf_counter()
+        run()
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - began
+    return statistics.median([clock() for _ in range(runs + 3)][3:])
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes; None on Windows, whose processes don't say."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == 'darwin' else 1024          # Macs count bytes
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def report(what: str, run, device: torch.device, unit: str, count: int, flops: float, **said):
+    """Prints the line of run(), which makes `count` units."""
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds, memory = seconds_of(run, device), peak_memory(device)
+    n = 8192 if device.type == 'cuda' else 2048
+    a = torch.randn(n, n, device=device, dtype=getattr(torch, said['dtype']))
+    peak = 2 * n ** 3 / seconds_of(lambda: a @ a, device)
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else 'cpu'
+    row = dict(what=what, device=name, **said, seconds=round(seconds, 5))
+    row |= {f'{unit}_per_s': round(count / seconds, 2)}
+    row |= dict(peak_gib=memory and round(memory / 2 ** 30, 2), tflop=round(flops / 1e12, 4),
+                mfu=round(flops / seconds / peak, 3), matmul_tflop_per_s=round(peak / 1e12, 3))
+    print(json.dumps(row), flush=True)
+
+
+def bench_step(args: argparse.Namespace, tokenizer: VQVAE, var, device: torch.device, **said):
+    """A training step of stage 2, on random tokens or images."""
+    B, config = args.batch_size, tokenizer.config
+    stage = train.Stage(SimpleNamespace(args=args, data=SimpleNamespace(count=B), device=device), 'var', var)
+    images = torch.rand(B, 3, config.image_size, config.image_size, device=device) * 2 - 1
+    tokens_BL = torch.randint(config.vocab_size, (B, sum(stage.lengths)), device=device)
+    labels_B = torch.randint(var.config.num_classes, (B,), device=device)
+    is_cached, flops = args.cache_tokens is not False, flops_of(config, var.config)
+
+    def step():
+        train.train_on(stage, tokenizer, tokens_BL if is_cached else images, labels_B)
+        stage.move_weights()
+    report('train_cached' if is_cached else 'train', step, device, 'tokens', tokens_BL.numel(),
+           B * (flops['train'] + (0 if is_cached else flops['encode'])), micro_batch=stage.micro_batch_size,
+           **said)
+
+
+def bench_sampling(tokenizer: VQVAE, var, count: int, device: torch.device, how: dict, **said):
+    """So many images, drawn in one batch."""
+    labels = [i % var.config.num_classes for i in range(count)]
+    flops = count * flops_of(tokenizer.config, var.config)['sample' if how['cfg'] else 'unguided']
+    report('sample', lambda: [*draw(tokenizer, var, labels, 0, count, said['dtype'], **how)], device,
+           'images', count, flops, **said, **how)
+
+
+def whole_resize(path: str, size: int, random: np.random.Generator) -> np.ndarray:
+    """The released code's steps, one by one: decode, resize all of the image, cut."""
+    image, shorter = Image.open(path).convert('RGB'), round(1.125 * size)
+    w, h = image.size
+    W, H = (shorter, int(shorter * h / w)) if w <= h else (int(shorter * w / h), shorter)
+    x, y = int(random.integers(W - size + 1)), int(random.integers(H - size + 1))
+    return np.asarray(image.resize((W, H), Image.LANCZOS).crop((x, y, x + size, y + size)))
+
+
+def bench_loader(folder: str, size: int):
+    """How many images a second are read, on one core, and how many by `whole_resize`; medians of 7 rounds."""
+    paths, cpu = [path for path, _ in train.find_images(Path(folder))[0]], torch.device('cpu')
+    check(paths, f'--loader {folder}: no images in {folder}/<class>/')
+
+    def read_all(read):
+        for i, path in enumerate(paths):
+            read(path, size, np.random.default_rng(i))
+    rounds = [[seconds_of(lambda: read_all(read), cpu, runs=1) for read in (train.read_image, whole_resize)]
+              for _ in range(7)]
+    ours, theirs = (len(paths) / statistics.median(column) for column in zip(*rounds))
+    ratio = statistics.median(theirs / ours for ours, theirs in rounds)
+    print(json.dumps(dict(what='loader', images=len(paths), size=size, images_per_s=round(ours, 1),
+                          by_whole_resize=round(theirs, 1), ratio=round(ratio, 2))))
+
+
+def main(argv: list[str]):
+    parser = Parser(prog='bench.py', description=__doc__, usage='bench.py [flags, of train.py, too]')
+    parser.add_argument('--checkpoint', help='time sampling with this var.pt alone, at its own defaults')
+    parser.add_argument('--loader', help='time reading the images in this folder alone')
+    own, flags = parser.parse_known_args(argv)
+    args, _ = train.parse(flags)
+    if own.loader:
+        return bench_loader(own.loader, args.image_size)
+    device = choose_device(args.device)
+    said = dict(dtype=choose_dtype(device, args.dtype), batch=args.batch_size, compile=args.compile)
+    if own.checkpoint:
+        tokenizer, var, how = load(own.checkpoint, device)
+        how |= {name: getattr(args, name) for name in SAMPLING if name in args.given}
+    else:
+        tokenizer = VQVAE(train.make(VQVAEConfig, args)).to(device).requires_grad_(False)
+        var, how = train.make_transformer(args, device), {name: getattr(args, name) for name in SAMPLING}
+    if args.compile:
+        train.check_compiler(device)
+        tokenizer.decoder.compile()
+    said |= dict(depth=var.config.depth)
+    if not own.checkpoint:
+        bench_step(args, tokenizer, var, device, **said)
+    bench_sampling(tokenizer, var, args.batch_size, device, how, **said)
+
+
+if __name__ == '__main__':
+    run_command(main)
