@@ -437,7 +437,8 @@ def run_command(main):
             raise
         line = str(error) if isinstance(error, UserError) else one_line(error)
         if is_out_of_memory(error):
-            line += '; take fewer images at once, by --batch-size or, in training, --micro-batch-size'
+            line = ('out of memory; take fewer images at once, by --batch-size, or in training (and beside '
+                    f'--resume) by --micro-batch-size ({line})')
         print(f"error: {f'rank {rank()}: ' * (rank() > 0)}{line}", file=sys.stderr, flush=True)
         status = 2
     sys.stdout.flush()

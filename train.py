@@ -953,12 +953,13 @@ def save_csv(path: Path, rows: list[dict]):
 
 def save_checkpoint(path: Path, kind: str, previous: Path | None = None, **content):
     """What open_checkpoint reads. What stood at path is kept as `previous`, if that is named."""
-    new = path.with_suffix('.new') if previous else path
-    save_file(new, lambda file: torch.save(dict(kind=kind, **content), file))
-    if previous:
-        if path.exists():
+    def write(file):
+        torch.save(dict(kind=kind, **content), file)
+        if previous and path.exists():
+            file.flush()                                    # a full disk is noticed while path still stands
+            os.fsync(file.fileno())
             os.replace(path, previous)
-        os.replace(new, path)
+    save_file(path, write)
 
 
 @contextmanager

@@ -191,7 +191,8 @@ def test_out_of_memory_takes_the_advice_at_the_start_and_on_resume(tmp_path):
         return done.returncode, [line for line in done.stderr.splitlines() if line.startswith('error: ')]
     greedy = [*TINY.split(), *'--train-count 4000 --batch-size 4000 --vqvae-steps 1 --var-steps 1'.split()]
     status, lines = try_with(*greedy)
-    assert status == 2 and 'take fewer images at once, by --batch-size or, in training, --micro' in lines[0]
+    assert status == 2 and 'out of memory; take fewer images at once, by --batch-size' in lines[0], lines
+    assert '(and beside --resume) by --micro-batch-size' in lines[0]
     assert try_with(*greedy)[0] == 2                            # a run of no steps is in nobody's way
     status, lines = try_with('--resume', '--micro-batch-size', '200', '--stop-after-minutes', '1e-9')
     assert status == 0, lines

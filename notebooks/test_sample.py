@@ -608,4 +608,4 @@ def test_too_little_memory_is_said_and_not_called_the_checkpoints_fault(model, t
         done = subprocess.run([sys.executable, '-c', script, *arguments], capture_output=True, text=True)
         errors = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
         assert done.returncode == 2 and len(errors) == 1 and 'Traceback' not in done.stderr, done.stderr
-        assert 'take fewer images at once' in errors[0]
+        assert errors[0].startswith('error: out of memory; take fewer images at once, by --batch-size')
