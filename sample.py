@@ -62,6 +62,15 @@ def build(model_class: type, config, weights: dict[str, Tensor]) -> torch.nn.Mod
     return model.requires_grad_(False).eval()
 
 
+def load_tokenizer(path: str | Path, scales: tuple[int, ...] | None = None) -> VQVAE:
+    """The tokenizer in a vqvae.pt, a var.pt or the authors' file (which doesn't say its scales), frozen."""
+    with open_checkpoint(path, 'vqvae', 'var', 'other') as checkpoint:
+        if 'kind' in checkpoint:
+            return build(VQVAE, VQVAEConfig(**checkpoint['vqvae_config']), checkpoint['vqvae'])
+        check(scales, f"{path}: not made by train.py; if it is the authors', say its --scales")
+        return VQVAE.from_official(checkpoint, scales).requires_grad_(False).eval()
+
+
 RELEASED_URL = 'https://huggingface.co/FoundationVision/var/resolve/main'
 RELEASED = dict.fromkeys(['d16', 'd20', 'd24', 'd30'], VARConfig().scales)      # scales: not in the files
 RELEASED |= dict(d36=(1, 2, 3, 4, 6, 9, 13, 18, 24, 32))
@@ -95,9 +104,13 @@ def save_model(path: Path, tokenizer: VQVAE, var: VAR, class_names: list[str], d
     """Writes what `load` reads. Weights saved as bfloat16 take half the space."""
     weights = {name: {key: tensor.to('cpu', dtype) for key, tensor in module.state_dict().items()}
                for name, module in dict(vqvae=tokenizer, var=var).items()}
-    content = dict(kind='var', vqvae_config=asdict(tokenizer.config), var_config=asdict(var.config),
-                   class_names=class_names, defaults=defaults, **weights)
-    save_file(path, lambda file: torch.save(content, file))
+    save_checkpoint(path, 'var', vqvae_config=asdict(tokenizer.config), var_config=asdict(var.config),
+                    class_names=class_names, defaults=defaults, **weights)
+
+
+def save_checkpoint(path: Path, kind: str, **content):
+    """What open_checkpoint reads."""
+    save_file(path, lambda file: torch.save(dict(kind=kind, **content), file))
 
 
 # --------------------------------------------------------------------------------------------------- drawing
@@ -173,17 +186,17 @@ def open_image(path: str | Path, enough: int | None = None) -> Image.Image:
         raise UserError(f'{path}: cannot be read as an image ({reason})') from None
 
 
-def cut_square(image: Image.Image, size: int, shorter: int, random=None) -> np.ndarray:
-    """Resizes an image's shorter side to `shorter` and cuts a square, random or central, both by one resize
-    of the box under the square: uint8 (size, size, ...). Transparent parts become white."""
+def cut_square(image: Image.Image, size: int, shorter: int, noise=None) -> np.ndarray:
+    """Resizes an image's shorter side to `shorter` and cuts a square, both by one resize of the box under it:
+    uint8 (size, size, ...). noise: its place, down and right, in [0, 1); None: the centre. Transparent parts
+    become white."""
     if image.mode == 'RGBA':
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
     w, h = image.size
     W, H = (shorter, int(shorter * h / w)) if w <= h else (int(shorter * w / h), shorter)
-    if random is None:
-        x, y = round((W - size) / 2), round((H - size) / 2)
-    else:
-        x, y = int(random.integers(W - size + 1)), int(random.integers(H - size + 1))
+    x, y = round((W - size) / 2), round((H - size) / 2)
+    if noise is not None:
+        y, x = int(noise[0] * (H - size + 1)), int(noise[1] * (W - size + 1))
     box = (x * w / W, y * h / H, (x + size) * w / W, (y + size) * h / H)
     return np.asarray(image.resize((size, size), Image.LANCZOS, box=box))
 

@@ -24,9 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train                                                                            # noqa: E402
-from sample import (SAMPLING, Parser, check, choose_device, choose_dtype, draw, load,   # noqa: E402
-                    run_command)
-from var import VARConfig                                                               # noqa: E402
+from sample import (SAMPLING, Parser, autocast, check, choose_device, choose_dtype,     # noqa: E402
+                    cut_square, draw, load, open_image, run_command)
+from var import VAR, VARConfig                                                              # noqa: E402
 from vqvae import VQVAE, VQVAEConfig                                                    # noqa: E402
 
 
@@ -94,17 +94,21 @@ def report(what: str, run, device: torch.device, unit: str, count: int, flops: f
 def bench_step(args: argparse.Namespace, tokenizer: VQVAE, var, device: torch.device, **said):
     """A training step of stage 2, on random tokens or images."""
     B, config = args.batch_size, tokenizer.config
-    stage = train.Stage(SimpleNamespace(args=args, data=SimpleNamespace(count=B), device=device), 'var', var)
+    trainer = train.Trainer('var', var, args, SimpleNamespace(count=B, device=device), {}, [], [], 0.0)
     images = torch.rand(B, 3, config.image_size, config.image_size, device=device) * 2 - 1
-    tokens_BL = torch.randint(config.vocab_size, (B, sum(stage.lengths)), device=device)
+    tokens_BL = torch.randint(config.vocab_size, (B, sum(trainer.lengths)), device=device)
     labels_B = torch.randint(var.config.num_classes, (B,), device=device)
-    is_cached, flops = args.cache_tokens is not False, flops_of(config, var.config)
+    is_cached, flops = args.cache_tokens, flops_of(config, var.config)
 
     def step():
-        train.train_on(stage, tokenizer, tokens_BL if is_cached else images, labels_B)
-        stage.move_weights()
+        noise_BN = torch.rand(B, 1 + 2 * args.depth, device=device)
+        for batch in trainer.micro_batches(tokens_BL if is_cached else images, labels_B, noise_BN):
+            with autocast(device, args.dtype):
+                loss_BL, _ = train.transformer_loss(trainer.networks['var'], tokenizer, *batch)
+            trainer.backward(loss_BL.mean(), dict(loss=loss_BL.mean(0)))
+        trainer.update_weights()
     report('train_cached' if is_cached else 'train', step, device, 'tokens', tokens_BL.numel(),
-           B * (flops['train'] + (0 if is_cached else flops['encode'])), micro_batch=stage.micro_batch_size,
+           B * (flops['train'] + (0 if is_cached else flops['encode'])), micro_batch=trainer.val_batch_size,
            **said)
 
 
@@ -116,24 +120,29 @@ def bench_sampling(tokenizer: VQVAE, var, count: int, device: torch.device, how:
            'images', count, flops, **said, **how)
 
 
-def whole_resize(path: str, size: int, random: np.random.Generator) -> np.ndarray:
+def box_resize(path: str, size: int, noise: tuple[float, float]) -> np.ndarray:
+    """As train.py does it."""
+    return cut_square(open_image(path, round(1.125 * size)), size, round(1.125 * size), noise)
+
+
+def whole_resize(path: str, size: int, noise: tuple[float, float]) -> np.ndarray:
     """The released code's steps, one by one: decode, resize all of the image, cut."""
     image, shorter = Image.open(path).convert('RGB'), round(1.125 * size)
     w, h = image.size
     W, H = (shorter, int(shorter * h / w)) if w <= h else (int(shorter * w / h), shorter)
-    x, y = int(random.integers(W - size + 1)), int(random.integers(H - size + 1))
+    y, x = int(noise[0] * (H - size + 1)), int(noise[1] * (W - size + 1))
     return np.asarray(image.resize((W, H), Image.LANCZOS).crop((x, y, x + size, y + size)))
 
 
 def bench_loader(folder: str, size: int):
     """How many images a second are read, on one core, and how many by `whole_resize`; medians of 7 rounds."""
-    paths, cpu = [path for path, _ in train.find_images(Path(folder))[0]], torch.device('cpu')
+    paths, cpu = [path for _, path in train.find_images(Path(folder))], torch.device('cpu')
     check(paths, f'--loader {folder}: no images in {folder}/<class>/')
 
     def read_all(read):
-        for i, path in enumerate(paths):
-            read(path, size, np.random.default_rng(i))
-    rounds = [[seconds_of(lambda: read_all(read), cpu, runs=1) for read in (train.read_image, whole_resize)]
+        for path in paths:
+            read(path, size, (0.3, 0.7))
+    rounds = [[seconds_of(lambda: read_all(read), cpu, runs=1) for read in (box_resize, whole_resize)]
               for _ in range(7)]
     ours, theirs = (len(paths) / statistics.median(column) for column in zip(*rounds))
     ratio = statistics.median(theirs / ours for ours, theirs in rounds)
@@ -156,10 +165,11 @@ def main(argv: list[str]):
         how |= {name: getattr(args, name) for name in SAMPLING if name in args.given}
     else:
         tokenizer = VQVAE(train.make(VQVAEConfig, args)).to(device).requires_grad_(False)
-        var, how = train.make_transformer(args, device), {name: getattr(args, name) for name in SAMPLING}
+        var, how = VAR(train.make(VARConfig, args)).to(device), {}
+        how |= {name: getattr(args, name) for name in SAMPLING}
     if args.compile:
-        train.check_compiler(device)
-        tokenizer.decoder.compile()
+        for part in (tokenizer.decoder, *var.blocks):
+            part.compile()
     said |= dict(depth=var.config.depth)
     if not own.checkpoint:
         bench_step(args, tokenizer, var, device, **said)

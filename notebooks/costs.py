@@ -26,22 +26,19 @@ LOGIT_BYTES = 12                        # of each token and code: the logits, th
 
 def cost(args: argparse.Namespace, gpus: int = 8, tflops: float = 989.0, mfu: float = 0.4) -> dict:
     """Of a run with these settings: counts, FLOPs of an image, bytes on a GPU, hours."""
-    count, num_classes = dict(shapes=(args.train_count or 12_000, 10), cifar10=(50_000, 10)).get(
-        args.preset.removesuffix('-cpu'), (1_281_167, 1000))
     with torch.device('meta'):
-        var = VAR(make(VARConfig, args, num_classes=num_classes))
+        var = VAR(make(VARConfig, args, num_classes=1000 if args.preset.startswith('imagenet') else 10))
     flops, L, D = flops_of(make(VQVAEConfig, args), var.config), sum(var.config.lengths), var.config.width
     training = flops['train'] + flops['encode']
     parameters = sum(parameter.numel() for parameter in var.parameters())
-    steps = args.var_steps or math.ceil(args.var_epochs * count / args.batch_size)
     share = math.ceil(args.batch_size / gpus)
     micro = min(args.micro_batch_size or share, share)
     weights = (4 + 4 + 8 + 2) * parameters      # value, gradient, two moments of AdamW; a copy in bfloat16
     activations = micro * L * (var.config.depth * ACTIVATION_BYTES * D + LOGIT_BYTES * var.config.vocab_size)
-    hours = training * steps * args.batch_size / (gpus * tflops * 1e12 * mfu) / 3600
+    hours = training * args.var_steps * args.batch_size / (gpus * tflops * 1e12 * mfu) / 3600
     return dict(model=f'{args.preset}, d{var.config.depth}', parameters=parameters, training=training,
-                sampling=flops['sample'], memory=weights + activations, micro=micro, steps=steps, hours=hours,
-                count=count)
+                sampling=flops['sample'], memory=weights + activations, micro=micro, steps=args.var_steps,
+                hours=hours)
 
 
 def main(argv: list[str]):
@@ -57,7 +54,6 @@ def main(argv: list[str]):
              'at so many images': row['micro'], 'steps': f"{row['steps']:,}",
              f'hours on {own.gpus} GPUs of {own.tflops:g} TFLOP/s at an assumed MFU of {own.mfu:g}':
              f"{row['hours']:,.0f}"}
-    print(f"Stage 2 alone, {row['count']:,} images an epoch.")
     for line in (cells, ['---'] * len(cells), map(str, cells.values())):
         print(f"| {' | '.join(line)} |")
 

@@ -14,11 +14,11 @@ bfloat16, on a CPU that is fast at it, those of shapes of float32.
 """
 import argparse
 import csv
+import io
 import itertools
 import math
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -36,9 +36,8 @@ from bench import flops_of, seconds_of                                          
 from judge import Judge, frechet_distance, load_judge, read_images                      # noqa: E402
 from measure import psnr                                                                # noqa: E402
 from sample import (Parser, UserError, check, choose_device, draw, grid, load,          # noqa: E402
-                    run_command, save_image, to_uint8)
-from train import (MAY_CHANGE, POSITIVE, flag, make, parse, read_resume, save_csv,      # noqa: E402
-                   to_float)
+                    run_command, save_file, save_image, to_uint8)
+from train import MAY_CHANGE, POSITIVE, flag, make, parse, read_save, to_float          # noqa: E402
 from var import VAR, VARConfig                                                          # noqa: E402
 from vqvae import VQVAE, VQVAEConfig                                                    # noqa: E402
 
@@ -112,10 +111,10 @@ def batch_size(args: argparse.Namespace) -> int:
 def call_train(args: argparse.Namespace, out: Path, flags: str):
     """train.py, unless it is done: from the start, or from where it was stopped."""
     asked = ['--preset', args.preset, *flags.split(), '--dtype', args.dtype]
-    last = read_resume(out, mmap=True) if out.is_dir() else None
+    last = read_save(out, mmap=True)
     if last:
         wanted, had = vars(parse(asked)[0]), last['settings']
-        others = [flag(name) for name in had.keys() - {*MAY_CHANGE} | {'dtype'} if had[name] != wanted[name]]
+        others = [flag(name) for name in had.keys() - MAY_CHANGE | {'dtype'} if had[name] != wanted[name]]
         check(not others, f'{out}: holds a run with another {", ".join(sorted(others))}; remove it, or '
               'choose another --out')
         if not last['unfinished']:
@@ -147,15 +146,9 @@ def train(args: argparse.Namespace, run: Run):
         steps = max(5, round(args.share * SETTINGS[args.preset][0]))
         call_train(args, folder, f'--stage vqvae {scales} --vqvae-steps {steps}')
         tokenizer = os.path.relpath(folder / 'vqvae.pt', HERE.parent)
-    tokens = folder_of(args, f'tokens-{order}-{args.dtype}')    # written once for all runs
-    if tokens.is_dir() and not out.exists():
-        shutil.rmtree(copy := out.with_name(f'{out.name}.tmp'), ignore_errors=True)
-        shutil.copytree(tokens, copy).rename(out)
-    call_train(args, out, f'--stage var --tokenizer {tokenizer} --cache-tokens --keep-models {run.flags} '
-               f'--var-steps {run.steps} --save-every-steps {max(1, run.steps // 5)}')
-    for path in out.glob('tokens.*') if args.preset != 'shapes' else ():    # shapes differ by the seed
-        tokens.mkdir(exist_ok=True)
-        path.replace(tokens / path.name)
+    cache = '' if args.share == 1 else '--no-cache-tokens'      # which takes longer than a trial
+    call_train(args, out, f'--stage var --tokenizer {tokenizer} --keep-models {run.flags} --var-steps '
+               f'{run.steps} --save-every-steps {max(1, run.steps // 5)} {cache}')
 
 
 def validations(out: Path) -> list[dict]:
@@ -167,8 +160,12 @@ def validations(out: Path) -> list[dict]:
 
 
 def write_csv(path: Path, rows: list[dict]):
-    save_csv(path, [{name: f'{value:.6g}' if isinstance(value, float) else value
-                     for name, value in row.items()} for row in rows])
+    text = io.StringIO(newline='')
+    writer = csv.DictWriter(text, dict.fromkeys(name for row in rows for name in row))
+    writer.writeheader()
+    writer.writerows({name: f'{value:.6g}' if isinstance(value, float) else value
+                      for name, value in row.items()} for row in rows)
+    save_file(path, lambda file: file.write(text.getvalue().encode()))
     print(f'{path}: {len(rows)} rows')
 
 

@@ -1,9 +1,11 @@
 """bench.py and costs.py: FLOPs are those that torch counts, memory is what autograd keeps."""
 import json
+import math
 import resource
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,13 +14,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-import bench                                                                            # noqa: E402
-import costs                                                                            # noqa: E402
-import sample                                                                           # noqa: E402
-from train import parse                                                                 # noqa: E402
-from var import VAR, VARConfig                                                          # noqa: E402
-from vqvae import VQVAE, VQVAEConfig                                                    # noqa: E402
-from test_var import TINY, seeded, tiny_run, write_images                               # noqa: E402, F401
+import bench
+import costs
+import sample
+import train
+from train import parse
+from var import VAR, VARConfig
+from vqvae import VQVAE, VQVAEConfig
+from test_var import TINY, seeded, tiny_run, write_images
 
 
 def counted_flops(function) -> int:
@@ -64,6 +67,27 @@ def test_the_memory_is_what_autograd_keeps():
     assert each == pytest.approx(costs.ACTIVATION_BYTES, rel=0.05)
 
 
+RELEASED = {16: (768, 200, 1e-4, 1e-3, 0.1, None), 20: (768, 250, 1e-4, 1e-3, 0.1, None),
+            24: (768, 350, 8e-5, 1e-4, 0.01, None), 30: (1024, 350, 8e-5, 1e-5, 0.01, 0.08),
+            36: (768, 350, 8e-5, 5e-6, 0.01, 0.08)}
+
+
+@pytest.mark.parametrize('depth', RELEASED)
+def test_depth_chooses_the_released_recipe_of_stage_2_alone(depth):
+    preset, (batch, epochs, *_, last_lr, _) = 'imagenet512' if depth == 36 else 'imagenet256', RELEASED[depth]
+    args, _ = parse(f'--preset {preset} --depth {depth}'.split())
+    found = args.batch_size, args.var_lr, args.adaln_gamma_init, args.var_last_lr, args.last_weight_decay
+    assert found == (batch, *RELEASED[depth][2:]) and args.shared_adaln == (depth == 36)
+    assert args.var_steps == math.ceil(epochs * 1_281_167 / batch)              # images of ImageNet
+    data = SimpleNamespace(count=10 ** 6, device=torch.device('cpu'))
+    vqvae, var = (train.Trainer(name, VQVAE(VQVAEConfig(channels=32)), args, data, {}, [], [], 0.0)
+                  for name in ('vqvae', 'var'))
+    assert (vqvae.batch_size, var.batch_size, vqvae.last_lr, var.last_lr) == (768, batch, 0.1, last_lr)
+    assert vqvae.micro_batch_size == (2 if depth == 36 else 8) <= var.micro_batch_size
+    args.micro_batch_size = 1                                                   # the flag is for both
+    assert train.Trainer('vqvae', VQVAE(VQVAEConfig()), args, data, {}, [], [], 0.0).micro_batch_size == 1
+
+
 @pytest.mark.parametrize('depth, parameters', [(16, 310283520), (20, 600917136), (24, 1033399360),
                                                (30, 2010020356), (36, 2353893904)])
 def test_the_recipes_have_as_many_parameters_as_the_authors_models(depth, parameters):
@@ -87,7 +111,7 @@ def test_the_command_prints_a_row_and_allocates_nothing(capsys, tmp_path, monkey
     (TINY + '--checkpoint RUN/var.pt --cfg 3', ['sample']), pytest.param(
         TINY + '--compile', ['train_cached', 'sample'], marks=[pytest.mark.slow, pytest.mark.skipif(
             not shutil.which('g++'), reason='needs a compiler')])])
-def test_bench_prints_json_and_leaves_no_file(flags, whats, tiny_run, tmp_path, capsys,  # noqa: F811
+def test_bench_prints_json_and_leaves_no_file(flags, whats, tiny_run, tmp_path, capsys,
                                               monkeypatch):
     monkeypatch.chdir(tmp_path)
     bench.main(flags.replace('RUN', str(tiny_run)).split())
@@ -107,11 +131,10 @@ def test_bench_of_the_loader_reads_what_a_whole_resize_reads(tmp_path, capsys):
     row = json.loads(capsys.readouterr().out)
     assert (row['images'], row['size']) == (3, 32) and row['images_per_s'] > 0 and row['ratio'] > 0
     path = tmp_path / 'train/cat/0001.png'
-    ours, theirs = (read(path, 32, bench.np.random.default_rng(0)).astype(int)
-                    for read in (bench.train.read_image, bench.whole_resize))
+    ours, theirs = (read(path, 32, (0.3, 0.7)).astype(int) for read in (bench.box_resize, bench.whole_resize))
     assert abs(ours - theirs).max() <= 1
 
 
-def test_bench_names_a_checkpoint_that_will_not_do(tiny_run):                           # noqa: F811
+def test_bench_names_a_checkpoint_that_will_not_do(tiny_run):
     with pytest.raises(sample.UserError, match="kind 'vqvae', but 'var' is needed"):
         bench.main(['--checkpoint', str(tiny_run / 'vqvae.pt')])

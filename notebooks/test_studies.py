@@ -1,5 +1,6 @@
 """studies.py: its fits find known laws, its runs are equal where they should be and go on after a
 stop, a tiny study runs from end to end, and the committed prediction follows from the committed losses."""
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -11,12 +12,14 @@ from PIL import Image
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-import judge                                                                            # noqa: E402
-import studies                                                                          # noqa: E402
-from bench import flops_of                                                              # noqa: E402
-from sample import UserError, load                                                      # noqa: E402
-from vqvae import VQVAEConfig                                                           # noqa: E402
-from test_var import check_wrong_flag, curve, same_weights, seeded, tiny_run     # noqa: E402, F401
+import judge
+import studies
+import train
+from bench import flops_of
+from sample import UserError, load
+from vqvae import VQVAEConfig
+from test_mistakes import check_wrong_flag
+from test_var import curve, same_weights, seeded, tiny_run
 
 
 def test_a_power_law_is_found_again_with_its_constant():
@@ -64,10 +67,12 @@ def tiny_study(out: Path) -> SimpleNamespace:
     return SimpleNamespace(preset='shapes', share=0.006, out=out, data_dir=None, dtype='float32', quiet=True)
 
 
-def test_of_each_run_there_is_one_and_it_goes_on_where_it_was_stopped(tmp_path):
+@pytest.mark.slow
+def test_of_each_run_there_is_one_and_it_goes_on_where_it_was_stopped(tmp_path, capsys, monkeypatch):
     args = tiny_study(tmp_path)
-    run = studies.of_size(args, 1)
+    run, args.quiet = studies.of_size(args, 1), False
     studies.train(args, run)
+    command = shlex.split(capsys.readouterr().out.splitlines()[-1])[2:]
     out = studies.folder_of(args, run.name)
     stamp = (out / 'last.pt').stat().st_mtime_ns
     assert [row['step'] for row in studies.validations(out)] == [1, 2, 3, 4, 5]
@@ -80,8 +85,10 @@ def test_of_each_run_there_is_one_and_it_goes_on_where_it_was_stopped(tmp_path):
     studies.train(args, run)                                            # done: nothing is done again
     assert (out / 'last.pt').stat().st_mtime_ns == stamp
     done = shutil.copytree(out, tmp_path / 'done')
-    shutil.copy(out / 'previous.pt', out / 'last.pt')                   # stopped at step 4
-    (out / 'var-5.pt').unlink()
+    shutil.rmtree(out)
+    monkeypatch.chdir(HERE.parent)
+    with pytest.raises(SystemExit):                                     # stopped at step 1
+        train.main([*command, '--stop-after-minutes', '1e-9'])
     studies.train(args, run)
     with pytest.raises(UserError, match='size-1: holds a run with another --depth, --seed; remove it'):
         studies.train(args, run._replace(flags='--depth 2 --seed 3'))
@@ -92,6 +99,7 @@ def test_of_each_run_there_is_one_and_it_goes_on_where_it_was_stopped(tmp_path):
     assert curve(out, 'var') == curve(done, 'var')
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_stops_the_study_with_what_to_do(tmp_path):
     args = tiny_study(tmp_path)
     with pytest.raises(UserError, match=r'bad: train.py ended with status 2; .*: error: --depth 0: must'):
@@ -153,12 +161,12 @@ WRONG_FLAGS = """
     studies.py predict --share 0.5                  | scaling-cifar10-cpu.csv: cannot be read; comes first
     studies.py predict                              | knows depth 7 already
     studies.py sheet --share 0.5                    | size-1/var-; No such file
-    studies.py ablation --data-dir nowhere --quiet  | nowhere; no such folder
+    studies.py ablation --data-dir nowhere --quiet  | nowhere/data_batch_1.bin: 0 bytes
 """
 
 
 @pytest.mark.parametrize('line', [' '.join(line.split()) for line in WRONG_FLAGS.strip().splitlines()])
-def test_a_wrong_flag_is_named(line, tiny_run, tmp_path, capsys, monkeypatch):          # noqa: F811
+def test_a_wrong_flag_is_named(line, tiny_run, tmp_path, capsys, monkeypatch):
     check_wrong_flag(line, tiny_run, tmp_path, capsys, monkeypatch)
 
 

