@@ -131,7 +131,9 @@ def test_a_last_pt_of_another_program_is_left_alone(tmp_path, capsys, monkeypatc
 def test_a_run_is_replaced_when_asked_and_not_before_all_is_well(tiny_run, tmp_path, capsys, monkeypatch):
     out = shutil.copytree(tiny_run, tmp_path / 'run')
     before = {path.name: path.read_bytes() for path in out.iterdir()}
+    monkeypatch.setitem(sys.modules, 'lpips', None)                 # not installed
     for flags, word in [('--batch-size 99', 'only 64'), ('--data-dir nowhere', 'no images'),
+                        ('--perceptual-weight 1 --perceptual lpips', 'pip install lpips'),
                         ('--adversarial-weight 1 --image-size 16 --scales 1 4', '24 pixels')]:
         flags = f'{TINY} --overwrite --out {out} {flags}'.split()
         assert word in complaint(train.main, flags, capsys, monkeypatch)
