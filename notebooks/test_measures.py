@@ -22,7 +22,7 @@ import measure
 import sample
 import train
 from test_mistakes import README, check_wrong_flag, complaint
-from test_var import curve, seeded, tiny_run
+from test_var import curve, run, seeded, tiny_run
 
 WRONG_FLAGS = """
     measure.py RUN/var.pt --count 0                 | --count: 0: must be 1 or more
@@ -44,6 +44,13 @@ WRONG_FLAGS = """
 @pytest.mark.parametrize('line', [' '.join(line.split()) for line in WRONG_FLAGS.strip().splitlines()])
 def test_a_wrong_flag_is_named(line, tiny_run, tmp_path, capsys, monkeypatch):
     check_wrong_flag(line, tiny_run, tmp_path, capsys, monkeypatch)
+
+
+def test_a_line_of_the_log_is_the_mean_of_its_steps_and_parts(tiny_run, tmp_path):
+    out = run('--log-every-steps 4 --micro-batch-size 4', tmp_path)
+    for stage, name in (('vqvae', 'reconstruction'), ('var', 'loss_8x8'), ('var', 'accuracy')):
+        steps, (line,) = curve(tiny_run, stage, 'train'), curve(out, stage, 'train')
+        assert float(line[name]) == pytest.approx(np.mean([float(row[name]) for row in steps]), rel=1e-4)
 
 
 def test_measured_bits_and_psnr_are_those_of_validation(tiny_run):
