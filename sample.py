@@ -151,7 +151,7 @@ def to_float(images: Tensor) -> Tensor:
 def grid(images: Tensor, columns: int) -> Image.Image:
     """(N, 3, H, W), uint8 or in [-1, 1] -> one image, row by row; small ones are enlarged."""
     N, _, H, W = images.shape
-    rows, zoom = math.ceil(N / columns), max(1, 64 // H)
+    rows, zoom = math.ceil(N / columns), max(1, min(128 // H, 1400 // (columns * (W + 2))))
     sheet = np.full((rows * (H + 2) - 2, columns * (W + 2) - 2, 3), 255, np.uint8)
     for i, image in enumerate(to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()):
         y, x = i // columns * (H + 2), i % columns * (W + 2)

@@ -752,8 +752,8 @@ def same_run(a: Path, b: Path) -> bool:
 def test_a_run_leaves_models_logs_and_images(tiny_run):
     assert {path.name for path in tiny_run.iterdir()} == {
         'vqvae.pt', 'var.pt', 'last.pt', 'vqvae.csv', 'var.csv', 'reconstructions.png', 'samples.png', 'lock'}
-    assert Image.open(tiny_run / 'reconstructions.png').size == (2 * (16 * 34 - 2), 2 * (4 * 34 - 2))
-    assert Image.open(tiny_run / 'samples.png').size == (2 * (10 * 34 - 2), 2 * (8 * 34 - 2))
+    assert Image.open(tiny_run / 'reconstructions.png').size == (4 * (8 * 34 - 2), 4 * (4 * 34 - 2))
+    assert Image.open(tiny_run / 'samples.png').size == (4 * (10 * 34 - 2), 4 * (8 * 34 - 2))
     rows = curve(tiny_run, 'var')
     assert ' '.join(row['step'] + row['split'] for row in rows) == '1train 2train 2val 3train 4train 4val'
     for row in rows:
@@ -779,7 +779,7 @@ def test_one_map_in_raster_order_is_trained_kept_resumed_and_drawn(tmp_path):
     assert same_weights(out / 'var.pt', out / 'var-4.pt', 'var')                # the later one is the better
     assert not same_weights(out / 'var-2.pt', out / 'var-4.pt', 'var')
     sample.main([str(out / 'var.pt'), '--count', '3', '--out', str(tmp_path / 'a.png')])
-    assert Image.open(tmp_path / 'a.png').size == (2 * (3 * 34 - 2), 2 * (1 * 34 - 2))
+    assert Image.open(tmp_path / 'a.png').size == (4 * (3 * 34 - 2), 4 * (1 * 34 - 2))
     (out / 'var-3-good.pt').write_bytes(b'')                                # of the user's
     run('--overwrite --stage var --order raster --scales 8', out)
     assert {path.name for path in out.glob('var*.pt')} == {'var.pt', 'var-3-good.pt'}   # no others

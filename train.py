@@ -240,7 +240,7 @@ def validate_tokenizer(trainer: 'Trainer', tokenizer: VQVAE) -> dict[str, float]
 
 def save_reconstructions(trainer: 'Trainer', tokenizer: VQVAE):
     """reconstructions.png: rows of held-out images, each over a row of what the tokenizer makes of them."""
-    images, _ = next(trainer.data.val_batches(2 * max(4, 512 // tokenizer.config.image_size)))
+    images, _ = next(trainer.data.val_batches(2 * max(4, 256 // tokenizer.config.image_size)))
     columns = max(1, len(images) // 2)
     with autocast(trainer.device, trainer.args.dtype):
         made = tokenizer.decode(tokenizer.encode(images))

@@ -242,7 +242,7 @@ def test_readmes_first_line_trains_and_draws_with_its_steps_cut_to_2(tmp_path):
     python(COMMANDS[0].split('python ')[1] + ' --vqvae-steps 2 --var-steps 2 --train-count 100')
     draw = 'sample.py out/shapes/var.pt'
     python(f'{draw} --labels 3 Heart --count 5 --npz a.npz --show-scales --out a.png')
-    assert Image.open(tmp_path / 'a.png').size == (2 * (4 * 34 - 2), 2 * (5 * 34 - 2))
+    assert Image.open(tmp_path / 'a.png').size == (4 * (4 * 34 - 2), 4 * (5 * 34 - 2))
     assert np.load(tmp_path / 'a.npz')['labels'].tolist() == [3, 5, 3, 5, 3]
     said = "error: [Errno 2] No such file or directory: 'none.pt'\n"
     assert python('sample.py none.pt', status=2).stderr == said

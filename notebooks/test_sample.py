@@ -238,7 +238,7 @@ def test_the_sheet_of_an_edit_begins_with_the_photograph_and_what_is_kept(model,
     flags = f'{model[0]} --image {photo[0]} --box 0.5 0 1 1 --count 3 --paste --out {tmp_path}/o.png'
     sample.main(flags.split())
     assert '35 of 69 tokens are kept of ' in capsys.readouterr().out
-    sheet = np.asarray(Image.open(tmp_path / 'o.png'))[::2, ::2]
+    sheet = np.asarray(Image.open(tmp_path / 'o.png'))[::4, ::4]
     own, kept, *drawn = (sheet[:, x:x + 32] for x in range(0, 5 * 34, 34))
     assert (own == photo[1].permute(1, 2, 0).numpy()).all()
     assert (kept[:16] == own[:16]).all() and (kept[16:] == 255).all()
@@ -246,7 +246,7 @@ def test_the_sheet_of_an_edit_begins_with_the_photograph_and_what_is_kept(model,
     sample.main(f'{model[0]} --image {photo[0]} --keep-scales 2 --out {tmp_path}/k.png'.split())
     tokens_1L = model[1].encode(train.to_float(photo[1][None]))
     coarse = sample.to_uint8(model[1].decode_f_hat(model[1].f_hats(tokens_1L)[1]))[0]
-    kept = np.asarray(Image.open(tmp_path / 'k.png'))[:64:2, 68:132:2]
+    kept = np.asarray(Image.open(tmp_path / 'k.png'))[:128:4, 136:264:4]
     assert (kept == coarse.permute(1, 2, 0).numpy()).all()
 
 
@@ -560,7 +560,7 @@ WRONG_FLAGS = """
     sample.py RUN/var.pt --image RUN/samples.png --box 0 0 1 1        | --box; marks all
     sample.py RUN/var.pt --image RUN/samples.png --keep-scales 3      | --keep-scales 3: of 3 scales, 2
     sample.py RUN/var.pt --image none.png --keep-scales 1             | none.png; No such file
-    sample.py RUN/var.pt --image RUN/samples.png --mask RUN/reconstructions.png | is (1084, 268), not as large
+    sample.py RUN/var.pt --image RUN/samples.png --mask RUN/reconstructions.png | is (1080, 536), not as large
     sample.py RUN/var.pt --image RUN/samples.png --keep-scales 1 --out RUN/samples.png | --out; would replace
     sample.py RUN/var.pt --out .png                 | --out .png: must end in .png or .jpg
     sample.py RUN/var.pt --show-scales --npz a.npz  | --show-scales: needs --out, and no --image

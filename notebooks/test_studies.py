@@ -137,7 +137,7 @@ def test_a_tiny_study_runs_from_end_to_end(tmp_path, monkeypatch):
         assert min(row[name] for name in ('floor', 'reconstructions', 'frechet')) > 0
     assert [row['sample_flops'] for row in ablation[1:3]] == [flops['sample'], flops['unguided']]
     assert [(row['steps'], row['batch']) for row in speed] == [(16, 1), (16, 50), (3, 1), (3, 50)]
-    assert Image.open(folder / 'images/size-by-training-shapes.png').size == 2 * (2 * (4 * 34 - 2),)
+    assert Image.open(folder / 'images/size-by-training-shapes.png').size == 2 * (4 * (4 * 34 - 2),)
     with pytest.raises(UserError, match='knows depth 3 already'):
         studies.main(['predict', *flags])
     shutil.rmtree(folder / 'size-1')                        # its rows stay when others are collected,
