@@ -1,4 +1,4 @@
-"""Draws images from a checkpoint, ours or the authors', edits photographs with it, and exports.
+"""Generates images from a checkpoint, ours or the authors', edits photographs, and exports images and models.
 
     python sample.py out/shapes/var.pt                                                 # one of each class
     python sample.py out/shapes/var.pt --labels 3 star --count 16 --cfg 1.5 --top-k 900 --top-p 0.96 --seed 0
@@ -10,9 +10,9 @@
     >>> tokenizer, var, defaults = sample.load('out/shapes/var.pt')                    # from Python
     >>> images = var.generate(tokenizer, torch.tensor([0, 1, 2]), **defaults)          # in [-1, 1]
 
-A checkpoint, var.pt, holds both stages, their configs, the class names and the sampling defaults. It, the
-flags, the seed and an image's own number decide what is drawn; batch size, device and number of processes
-change no more than rounding. Shapes stand in the names of tensors. What all commands share stands last.
+A checkpoint, var.pt, contains both stages, their configs, the class names and the sampling defaults. An image
+depends on the checkpoint, the flags, the seed and its index; batch size, device and number of processes
+affect only rounding. Names of tensors end in their shapes. Code shared by all commands is at the end.
 """
 import argparse
 import ctypes
@@ -45,7 +45,7 @@ from vqvae import VQVAE, VQVAEConfig
 # ----------------------------------------------------------------------------------------------- checkpoints
 def load(path: str | Path, device: str | torch.device = 'cpu') -> tuple[VQVAE, VAR, dict]:
     """A var.pt -> tokenizer, transformer (both frozen, on `device`), sampling defaults for `generate`. The
-    class names are at var.class_names. Raises UserError, or OSError, where the file won't do."""
+    class names are in var.class_names. Raises UserError or OSError if the file cannot be used."""
     with open_checkpoint(path, 'var') as checkpoint:
         tokenizer = build(VQVAE, VQVAEConfig(**checkpoint['vqvae_config']), checkpoint['vqvae'])
         var = build(VAR, VARConfig(**checkpoint['var_config']), checkpoint['var'])
@@ -55,19 +55,19 @@ def load(path: str | Path, device: str | torch.device = 'cpu') -> tuple[VQVAE, V
 
 
 def build(model_class: type, config, weights: dict[str, Tensor]) -> torch.nn.Module:
-    """A frozen model with these weights; those that were saved as bfloat16 become float32."""
-    with torch.device('meta'):                              # no initial values, which take long
+    """A frozen model with these weights; bfloat16 weights are converted to float32."""
+    with torch.device('meta'):                              # skips initialisation, which is slow
         model = model_class(config)
     model.load_state_dict({name: weight.float() for name, weight in weights.items()}, assign=True)
     return model.requires_grad_(False).eval()
 
 
 def load_tokenizer(path: str | Path, scales: tuple[int, ...] | None = None) -> VQVAE:
-    """The tokenizer in a vqvae.pt, a var.pt or the authors' file (which doesn't say its scales), frozen."""
+    """The frozen tokenizer of a vqvae.pt, a var.pt or the authors' file (which doesn't store its scales)."""
     with open_checkpoint(path, 'vqvae', 'var', 'other') as checkpoint:
         if 'kind' in checkpoint:
             return build(VQVAE, VQVAEConfig(**checkpoint['vqvae_config']), checkpoint['vqvae'])
-        check(scales, f"{path}: not made by train.py; if it is the authors', say its --scales")
+        check(scales, f"{path}: not written by train.py; if it is the authors', specify --scales")
         return VQVAE.from_official(checkpoint, scales).requires_grad_(False).eval()
 
 
@@ -77,8 +77,8 @@ RELEASED |= dict(d36=(1, 2, 3, 4, 6, 9, 13, 18, 24, 32))
 
 
 def load_official(name: str, folder: str | None = None, device='cpu') -> tuple[VQVAE, VAR, dict]:
-    """What `load` returns, of the authors' weights 'd16', ..., 'd36', whose class names are numbers. They are
-    in the folder or, if that is None, in torch.hub's cache, to which they are downloaded once."""
+    """Like `load`, for the authors' weights 'd16', ..., 'd36', whose class names are numbers. They are read
+    from `folder` or, if it is None, downloaded once to torch.hub's cache."""
     models = []
     for file, model_class in (('vae_ch160v4096z32.pth', VQVAE), (f'var_{name}.pth', VAR)):
         path, url = Path(folder or f'{torch.hub.get_dir()}/checkpoints', file), f'{RELEASED_URL}/{file}'
@@ -86,9 +86,9 @@ def load_official(name: str, folder: str | None = None, device='cpu') -> tuple[V
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 torch.hub.download_url_to_file(url, str(path))
-            except Exception as error:                      # a download fails in many ways
+            except Exception as error:                      # a download can fail in many ways
                 raise UserError(f'{url}: cannot be downloaded ({one_line(error)}); try again, or download it '
-                                'yourself and name its folder with --weights-dir') from None
+                                'yourself and pass its folder as --weights-dir') from None
         wait_for_all()
         with open_checkpoint(path, 'other') as weights:
             models.append(model_class.from_official(weights, RELEASED[name]).requires_grad_(False).eval())
@@ -101,7 +101,7 @@ def load_official(name: str, folder: str | None = None, device='cpu') -> tuple[V
 
 def save_model(path: Path, tokenizer: VQVAE, var: VAR, class_names: list[str], defaults: dict,
                dtype: torch.dtype = torch.float32):
-    """Writes what `load` reads. Weights saved as bfloat16 take half the space."""
+    """Writes a checkpoint for `load`. In bfloat16, weights take half the space."""
     weights = {name: {key: tensor.to('cpu', dtype) for key, tensor in module.state_dict().items()}
                for name, module in dict(vqvae=tokenizer, var=var).items()}
     save_checkpoint(path, 'var', vqvae_config=asdict(tokenizer.config), var_config=asdict(var.config),
@@ -109,14 +109,14 @@ def save_model(path: Path, tokenizer: VQVAE, var: VAR, class_names: list[str], d
 
 
 def save_checkpoint(path: Path, kind: str, **content):
-    """What open_checkpoint reads."""
+    """Writes a checkpoint for `open_checkpoint`."""
     save_file(path, lambda file: torch.save(dict(kind=kind, **content), file))
 
 
-# --------------------------------------------------------------------------------------------------- drawing
+# -------------------------------------------------------------------------------------------------- sampling
 def noise_of_images(seed: int, first: int, count: int, *shape: int) -> Tensor:
-    """Uniform in [0, 1), (count, *shape), for images first, first + 1, ...: each row comes from (seed, number
-    of the image) alone."""
+    """Uniform noise in [0, 1), (count, *shape), for images first, first + 1, ...: each row depends only on
+    the seed and the image's index."""
     rows = [np.random.Generator(np.random.Philox(key=[seed, first + i])).random(shape, dtype=np.float32)
             for i in range(count)]
     return torch.from_numpy(np.stack(rows))
@@ -124,10 +124,10 @@ def noise_of_images(seed: int, first: int, count: int, *shape: int) -> Tensor:
 
 def draw(tokenizer: VQVAE, var: VAR, labels: list[int], seed: int, batch_size: int, dtype='float32',
          firsts=None, **sampling):
-    """Yields (images, tokens_BL) batch by batch, on the CPU: (B, 3, H, W) in [-1, 1], one per label. firsts:
-    the first image of each batch to draw; None: all batches. sampling: options of `VAR.generate`."""
+    """Yields (images, tokens_BL) batch by batch, on the CPU: images (B, 3, H, W) in [-1, 1], one per label.
+    firsts: index of the first image of each batch; None: all batches. sampling: options of `VAR.generate`."""
     device = var.position.device
-    var.requires_grad_(True)        # for a whole call, autocast keeps its casts of such weights alone
+    var.requires_grad_(True)        # autocast caches the casts only of weights that require grad
     for first in range(0, len(labels), batch_size) if firsts is None else firsts:
         labels_B = torch.tensor(labels[first:first + batch_size], device=device)
         noise_BL = noise_of_images(seed, first, len(labels_B), sum(var.config.lengths)).to(device)
@@ -138,7 +138,7 @@ def draw(tokenizer: VQVAE, var: VAR, labels: list[int], seed: int, batch_size: i
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """[-1, 1] -> 0 .. 255, rounded; what is uint8 already stays as it is."""
+    """[-1, 1] -> 0 .. 255, rounded; uint8 is returned unchanged."""
     is_done = images.dtype == torch.uint8
     return images if is_done else ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
@@ -149,7 +149,7 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def grid(images: Tensor, columns: int) -> Image.Image:
-    """(N, 3, H, W), uint8 or in [-1, 1] -> one image, row by row; small ones are enlarged."""
+    """(N, 3, H, W), uint8 or in [-1, 1] -> one image, a grid filled row by row; small images are enlarged."""
     N, _, H, W = images.shape
     rows, zoom = math.ceil(N / columns), max(1, min(128 // H, 1400 // (columns * (W + 2))))
     sheet = np.full((rows * (H + 2) - 2, columns * (W + 2) - 2, 3), 255, np.uint8)
@@ -160,26 +160,26 @@ def grid(images: Tensor, columns: int) -> Image.Image:
 
 
 # ------------------------------------------------------------------------------------------- reading an image
-Image.MAX_IMAGE_PIXELS = 2 ** 27            # Pillow refuses twice as many: a phone's 200 megapixels pass
-warnings.filterwarnings('ignore', module='PIL')             # about metadata that nobody reads
+Image.MAX_IMAGE_PIXELS = 2 ** 27            # Pillow's limit is twice this: 200-megapixel phone photos pass
+warnings.filterwarnings('ignore', module='PIL')             # about unused metadata
 
 
 def open_image(path: str | Path, enough: int | None = None) -> Image.Image:
-    """An image file as a viewer shows it: its first frame, upright, 8 bits a channel, RGB or RGBA. A JPEG
-    whose shorter side has many times `enough` pixels is decoded at a half, a quarter or an eighth of them."""
+    """An image file as a viewer shows it: its first frame, upright, 8 bits per channel, RGB or RGBA. A JPEG
+    whose shorter side is several times `enough` pixels is decoded at 1/2, 1/4 or 1/8 of its size."""
     try:
-        with open(path, 'rb') as file, Image.open(file) as image:       # by a path, rotated TIFFs are garbled
+        with open(path, 'rb') as file, Image.open(file) as image:       # by path, it garbles rotated TIFFs
             if enough:
-                image.draft('RGB', (2 * enough, 2 * enough))            # twice: LANCZOS does the last step
+                image.draft('RGB', (2 * enough, 2 * enough))            # 2x: LANCZOS does the final resize
             image.load()
-        with suppress(Exception):                           # metadata may be damaged in many ways
+        with suppress(Exception):                           # metadata can be damaged in many ways
             ImageOps.exif_transpose(image, in_place=True)
-        if image.mode[0] in 'IF':                           # grey of 16 bits, or of more
+        if image.mode[0] in 'IF':                           # greyscale of 16 bits or more
             if image.mode[:4] != 'I;16' and (image.mode != 'I' or image.format not in ('PNG', 'PPM')):
-                raise ValueError('has 32 bits a channel; save it with 8 or 16')
+                raise ValueError('has 32 bits per channel; save it with 8 or 16')
             image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
         return image.convert('RGBA' if image.has_transparency_data else 'RGB')
-    except Exception as error:                              # Pillow fails in many ways
+    except Exception as error:                              # Pillow can fail in many ways
         is_heic = (isinstance(error, UnidentifiedImageError) and
                    re.match(b'....ftyp(hei|hev|mif|msf)', Path(path).read_bytes()[:12], re.DOTALL))
         reason = 'HEIC, which Pillow does not read; save it as JPEG or PNG' if is_heic else one_line(error)
@@ -187,9 +187,9 @@ def open_image(path: str | Path, enough: int | None = None) -> Image.Image:
 
 
 def cut_square(image: Image.Image, size: int, shorter: int, noise=None) -> np.ndarray:
-    """Resizes an image's shorter side to `shorter` and cuts a square, both by one resize of the box under it:
-    uint8 (size, size, ...). noise: its place, down and right, in [0, 1); None: the centre. Transparent parts
-    become white."""
+    """Resizes an image's shorter side to `shorter` and crops a square, in one resize of the square's source
+    box: uint8 (size, size, ...). noise: the square's vertical and horizontal position, in [0, 1); None: the
+    centre. Transparent parts become white."""
     if image.mode == 'RGBA':
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
     w, h = image.size
@@ -203,16 +203,16 @@ def cut_square(image: Image.Image, size: int, shorter: int, noise=None) -> np.nd
 
 # --------------------------------------------------------------------------------------------------- editing
 class Edit:
-    """What --image and the flags beside it ask for.
+    """The edit specified by --image and related flags.
 
     photo: uint8 (3, S, S), the photograph's central square. preview: the same, kept parts only. kept_1L: as
-    kept_BL of `VAR.generate`. opacity: float (S, S), of what is drawn over the photo.
+    kept_BL of `VAR.generate`. opacity: float (S, S), of the generated image over the photo.
     """
 
     def __init__(self, args: argparse.Namespace, tokenizer: VQVAE):
         config, k = tokenizer.config, args.keep_scales or 0
         K, S = len(config.scales), config.image_size
-        check(k < K, f'--keep-scales {k}: of {K} scales, {K - 1} can be kept at most')
+        check(k < K, f'--keep-scales {k}: with {K} scales, at most {K - 1} can be kept')
         image = open_image(args.image)
         self.photo = torch.tensor(cut_square(image, S, S)).permute(2, 0, 1).contiguous()
         tokens_1L = tokenizer.encode(to_float(self.photo[None].to(tokenizer.codebook.weight.device)))
@@ -220,51 +220,51 @@ class Edit:
         if args.box or args.mask:
             region = find_region(args, config, image.size)
             self.preview = self.photo.masked_fill(region, 255)
-        else:                                               # without a region, some scales are kept
+        else:                                               # without a region, only scales are kept
             self.preview = to_uint8(tokenizer.decode_f_hat(tokenizer.f_hats(tokens_1L)[k - 1]))[0].cpu()
         self.kept_1L = tokenizer.keep(tokens_1L, ~region[None].to(tokens_1L.device))
         count = sum(tokenizer.scale_lengths[:k])
         self.kept_1L[:, :count] = tokens_1L[:, :count]
-        if args.paste:          # what is drawn fades out within half a latent around the region
+        if args.paste:          # the generated image fades out within half a latent around the region
             feather = max(1, config.stride // 4)
             window = dict(kernel_size=2 * feather + 1, stride=1, padding=feather)
             wider_1HW = F.max_pool2d(region[None].float(), **window)
             self.opacity = F.avg_pool2d(wider_1HW, **window, count_include_pad=False)
         if rank() == 0:
-            print(f'{(self.kept_1L >= 0).sum()} of {tokens_1L.shape[1]} tokens are kept of {args.image}')
+            print(f'{(self.kept_1L >= 0).sum()} of {tokens_1L.shape[1]} tokens kept from {args.image}')
 
 
 def find_region(args: argparse.Namespace, config: VQVAEConfig, photo_size: tuple[int, int]) -> Tensor:
-    """bool (S, S): the pixels that --box or --mask, and --outpaint, ask to draw anew."""
+    """bool (S, S): the pixels to regenerate, from --box or --mask, and --outpaint."""
     S, latents = config.image_size, config.scales[-1]
     if args.box:
-        said, hint = f'--box {args.box}', f'from Y0 X0 to Y1 X1, in {latents}x{latents} latents'
+        said, hint = f'--box {args.box}', f'edges Y0 X0 Y1 X1 are rounded to a {latents}x{latents} grid'
         y0, x0, y1, x1 = (round(edge * latents) * config.stride for edge in args.box)       # as released
         region = torch.zeros(S, S, dtype=torch.bool)
         region[y0:y1, x0:x1] = True
     else:
-        said, hint = f'--mask {args.mask}', 'by white paint, or by the transparent hole of a photograph'
+        said, hint = f'--mask {args.mask}', 'mark the region with white paint or a transparent hole'
         mask = open_image(args.mask)
-        check(mask.size == photo_size, f'{said}: is {mask.size}, not as large as the image, {photo_size}')
+        check(mask.size == photo_size, f'{said}: size {mask.size} differs from the image size {photo_size}')
         pixels = np.asarray(mask.convert('RGBA'))
         marked, is_opaque = pixels[..., :3].mean(-1) > 127, pixels[..., 3] > 127
-        if pixels[..., 3].min() < 255:                      # white paint on nothing; or a photograph's hole
+        if pixels[..., 3].min() < 255:                      # white paint on transparency, or a photo's hole
             marked = is_opaque if (pixels[is_opaque, :3] >= 250).all() else ~is_opaque
         region = torch.tensor(cut_square(Image.fromarray(marked).convert('L'), S, S) > 127)
-    check(region.any(), f'{said}: marks nothing of the central square, {hint}')
-    check(not region.all(), f'{said}: marks all of the central square, {hint}')
+    check(region.any(), f'{said}: marks nothing in the central square; {hint}')
+    check(not region.all(), f'{said}: marks all of the central square; {hint}')
     return ~region if args.outpaint else region
 
 
 # --------------------------------------------------------------------------------------------------- exports
 def begin_export(folder: Path, made: dict):
-    """Claims a folder for the images that `made` decides, or finds it claimed for them: after a stop, the
-    same command goes on. An image gets its name only when it is whole."""
+    """Claims a folder for the images determined by `made`, the settings, or checks that it was claimed for
+    them: after an interruption, the same command continues. An image gets its name only once complete."""
     note, text = folder / 'made.json', json.dumps(made)
     if not note.exists():
         check(not [*folder.glob('[0-9]' * 6 + '.png')], f'{folder}: holds images; empty it or choose another')
         save_file(note, lambda file: file.write(text.encode()))
-    check(note.read_bytes() == text.encode(), f'{folder}: begun with other settings (in made.json; now: '
+    check(note.read_bytes() == text.encode(), f'{folder}: started with other settings (see made.json; now: '
           f'{text}); repeat that command, empty the folder or choose another')
 
 
@@ -274,8 +274,8 @@ def save_image(path: Path, image: Image.Image):
 
 
 def save_npz(path: Path, images, size: int, labels: list[int], class_names: list[str]):
-    """What evaluators and notebooks/judge.py read: arr_0 uint8 (N, size, size, 3), labels (N), class_names.
-    images: an iterable of N arrays, which need not be in memory together."""
+    """Writes an .npz for evaluators and notebooks/judge.py: arr_0 uint8 (N, size, size, 3), labels (N),
+    class_names. images: an iterable of N arrays, which need not all be in memory."""
     def write(file):
         np.savez(file, labels=labels, class_names=class_names)
         header = dict(descr='|u1', fortran_order=False, shape=(len(labels), size, size, 3))
@@ -287,68 +287,68 @@ def save_npz(path: Path, images, size: int, labels: list[int], class_names: list
 
 
 # ---------------------------------------------------------------------------------------------- command line
-SAMPLING = 'cfg', 'top_k', 'top_p'                          # what a checkpoint has defaults for
+SAMPLING = 'cfg', 'top_k', 'top_p'                          # flags with defaults in the checkpoint
 
 
 def build_parser() -> 'Parser':
     parser = Parser(prog='sample.py', description=__doc__)
     add = parser.add_argument
-    add('checkpoint', nargs='?', type=expanduser, help='a var.pt that train.py wrote')
-    add('--official', choices=[*RELEASED], help="the authors' weights in place of a checkpoint")
-    add('--weights-dir', type=expanduser, help='folder with them; absent: downloaded once, by torch.hub')
-    add('--labels', nargs='+', help='classes by number or name, or null; absent: all; for edits null')
-    add('--count', type=COUNT, help='images in all, labels go round; absent: one per label, 100 at most')
-    add('--seed', type=ANY_COUNT, default=0, help='of the noise of all images [0]')
-    add('--cfg', type=STRENGTH, help="guidance at the last scale; absent: the checkpoint's")
-    add('--top-k', type=ANY_COUNT, help="keep the k likeliest tokens, 0 all; absent: the checkpoint's")
-    add('--top-p', type=SHARE, help="keep the likeliest to this mass, 0 or 1 all; absent: the checkpoint's")
-    add('--batch-size', type=COUNT, default=50, help='images that a process takes at once [50]')
-    add('--device', default='auto', help='auto (a GPU where there is one), cpu, cuda, ...')
-    add('--dtype', choices=DTYPES, default='auto', help='auto: bfloat16 on a GPU that has it, else float32')
-    add('--image', type=expanduser, help='the photograph; its central square is taken')
-    add('--box', nargs=4, type=SHARE, help='part of it: Y0 X0 Y1 X1, in fractions, rounded to latents')
-    add('--mask', type=expanduser, help='or an image as large: white there, or a transparent hole')
-    add('--outpaint', action='store_true', help='draw all but that part anew, instead of that part')
-    add('--keep-scales', type=COUNT, help='keep all of its first k scales, besides what else is kept')
-    add('--paste', action='store_true', help="put the photograph's pixels back outside of what is drawn anew")
-    add('--out', type=expanduser, help='a picture of all; absent: samples.png, if nothing else is written')
-    add('--show-scales', action='store_true', help='in it, one row per image, scale by scale')
-    add('--npz', type=expanduser, help='arr_0 (N, H, W, 3) uint8, labels (N; null: one more), class_names')
-    add('--png-dir', type=expanduser, help='000000.png, 000001.png, ...; goes on after a stop, as --npz does')
-    add('--export', type=expanduser, help='the model, in bfloat16, with sampling flags as defaults')
+    add('checkpoint', nargs='?', type=expanduser, help='a var.pt written by train.py')
+    add('--official', choices=[*RELEASED], help="the authors' weights instead of a checkpoint")
+    add('--weights-dir', type=expanduser, help="their folder; default: downloaded once to torch.hub's cache")
+    add('--labels', nargs='+', help='class numbers or names; null: no class; default: all (edits: null)')
+    add('--count', type=COUNT, help='total images, cycling over labels; default: one per label, 100 at most')
+    add('--seed', type=ANY_COUNT, default=0, help='seed of the sampling noise [0]')
+    add('--cfg', type=STRENGTH, help="guidance at the last scale; default: the checkpoint's")
+    add('--top-k', type=ANY_COUNT, help="keep the k likeliest tokens, 0: all; default: the checkpoint's")
+    add('--top-p', type=SHARE, help="keep the top probability mass p, 0 or 1: all; default: the checkpoint's")
+    add('--batch-size', type=COUNT, default=50, help='images per batch in each process [50]')
+    add('--device', default='auto', help='auto (a GPU if there is one), cpu, cuda, ...')
+    add('--dtype', choices=DTYPES, default='auto', help='auto: bfloat16 if the GPU supports it, else float32')
+    add('--image', type=expanduser, help='photograph to edit; its central square is used')
+    add('--box', nargs=4, type=SHARE, help='region to regenerate: Y0 X0 Y1 X1, fractions, rounded to latents')
+    add('--mask', type=expanduser, help="image of the photo's size, with the region white or transparent")
+    add('--outpaint', action='store_true', help='regenerate everything outside the region instead')
+    add('--keep-scales', type=COUNT, help='keep all tokens of the first k scales, with or without a region')
+    add('--paste', action='store_true', help="restore the photograph's pixels outside the regenerated region")
+    add('--out', type=expanduser, help='grid of all images; default: samples.png if there is no other output')
+    add('--show-scales', action='store_true', help='in --out, show each image as a row, scale by scale')
+    add('--npz', type=expanduser, help='file: arr_0 (N, H, W, 3) uint8, labels (null: last + 1), class_names')
+    add('--png-dir', type=expanduser, help='folder for 000000.png, 000001.png, ...; resumable, like --npz')
+    add('--export', type=expanduser, help='write the model in bfloat16, with the sampling flags as defaults')
     return parser
 
 
 def check_flags(args: argparse.Namespace):
     if not (args.out or args.npz or args.png_dir or args.export):
         args.out = 'samples.png'
-    check(bool(args.checkpoint) != bool(args.official), 'name a checkpoint (before --labels), or '
-          "--official d16 for the authors' weights")
+    check(bool(args.checkpoint) != bool(args.official), 'specify a checkpoint (before --labels) or '
+          '--official d16, not both')
     check(args.official or not args.weights_dir, '--weights-dir: needs --official')
     region = args.box or args.mask
-    check(bool(args.image) == bool(region or args.keep_scales), '--image: goes with --box, --mask or '
-          '--keep-scales, and they with it')
+    check(bool(args.image) == bool(region or args.keep_scales), '--image: requires --box, --mask or '
+          '--keep-scales, and vice versa')
     check(region or not (args.outpaint or args.paste), '--outpaint, --paste: need --box or --mask')
-    check(not (args.box and args.mask), '--box, --mask: say one or the other')
-    check(not args.show_scales or args.out and not args.image, '--show-scales: needs --out, and no --image')
+    check(not (args.box and args.mask), '--box, --mask: use one or the other')
+    check(not args.show_scales or args.out and not args.image, '--show-scales: needs --out without --image')
     draws = args.out or args.npz or args.png_dir or args.image or args.labels or args.count
-    check(not args.export or not draws, '--export: writes the model, and draws nothing; omit the other flags')
-    check(world_size() == 1 or not (args.out or args.export), 'many processes write --npz or --png-dir alone')
+    check(not args.export or not draws, '--export: writes the model, not images; omit the image flags')
+    check(world_size() == 1 or not (args.out or args.export), 'under torchrun, use only --npz or --png-dir')
     sources = [Path(source).resolve() for source in (args.checkpoint, args.image, args.mask) if source]
     for said, target, endings in (('--out', args.out, '.png or .jpg'), ('--npz', args.npz, '.npz'),
                                   ('--export', args.export, '.pt')):
         ending = Path(target or '').suffix.lower()
         check(not target or ending in endings.split(' or '), f'{said} {target}: must end in {endings}')
-        check(not target or Path(target).resolve() not in sources, f'{said} {target}: would replace a source')
+        check(not target or Path(target).resolve() not in sources, f'{said} {target}: is also an input')
 
 
 def parse_label(text: str, class_names: list[str]) -> int:
-    """A class by name, whatever the case, or by number (unless names are numbers); 'null' is no class."""
+    """A class by name (any case), or by number (unless names are numbers); 'null' means no class."""
     names, word = [*(name.lower() for name in class_names), 'null'], text.lower()
     if word in names:
         return names.index(word)
     is_number = word.isdecimal() and int(word) < len(class_names) and not any(map(str.isdecimal, names))
-    check(is_number, f"--labels {text}: no such class; there are, from 0, {', '.join(class_names)}"[:300])
+    check(is_number, f"--labels {text}: no such class; classes, from 0: {', '.join(class_names)}"[:300])
     return int(word)
 
 
@@ -384,7 +384,7 @@ def main(argv: list[str]):
     batches = draw(tokenizer, var, labels, firsts=firsts, kept_BL=edit and edit.kept_1L, **how)
     for first, (images, tokens_BL) in zip(tqdm(firsts, unit='batch', disable=rank() > 0), batches):
         images = to_uint8(images)
-        if edit:                                            # --paste: the photo's own pixels where it is kept
+        if edit:                                            # --paste: the photo's own pixels where kept
             images = (edit.photo + (images - edit.photo.float()) * edit.opacity).round().to(torch.uint8)
         for path, image in zip(paths[first:], images.permute(0, 2, 3, 1).numpy()):
             if not path.exists():
@@ -394,7 +394,7 @@ def main(argv: list[str]):
             steps = [to_uint8(tokenizer.decode_f_hat(f_hat)).cpu() for f_hat in f_hats]
             images = torch.stack(steps, dim=1).flatten(0, 1)
         shown += [images] if args.out else []
-    wait_for_all()                                          # until others have written theirs
+    wait_for_all()                                          # until other processes have written their images
     if args.npz and rank() == 0:
         images = (np.asarray(Image.open(path)) for path in paths)
         save_npz(Path(args.npz), images, tokenizer.config.image_size, labels, var.class_names)
@@ -411,9 +411,9 @@ def main(argv: list[str]):
         print(f"{len(labels)} images: {', '.join(filter(None, (args.npz, args.png_dir, args.out)))}")
 
 
-# ------------------------------------------------------------------- what train.py and notebooks/ use as well
+# ------------------------------------------------------------------------ shared with train.py and notebooks/
 class UserError(Exception):
-    """An error that the user can fix: one line says what is wrong and what would do."""
+    """An error that the user can fix. Its message is one line: what is wrong and how to fix it."""
 
 
 def check(condition, message: str):
@@ -432,10 +432,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 def run_command(main):
     """Runs main(argv). Errors that the user can fix become one line on stderr and exit status 2.
 
-    When a process fails, torchrun ends the others. Rank 0 reports such an error at once; any other failure
-    waits for 3 s, in which torchrun ends this process before it speaks, if the fault is another's.
+    When a process fails, torchrun terminates the others. Rank 0 reports such an error at once; any other
+    failure is reported after 3 s, giving torchrun time to end this process if another one failed first.
     """
-    with suppress(AttributeError):                          # names may have letters that a terminal lacks
+    with suppress(AttributeError):                          # names can have characters a terminal lacks
         sys.stdout.reconfigure(errors='backslashreplace')
     try:
         main(sys.argv[1:])
@@ -450,18 +450,18 @@ def run_command(main):
             raise
         line = str(error) if isinstance(error, UserError) else one_line(error)
         if is_out_of_memory(error):
-            line = ('out of memory; take fewer images at once, by --batch-size, or in training (and beside '
-                    f'--resume) by --micro-batch-size ({line})')
+            line = ('out of memory; reduce --batch-size, or in training (also with '
+                    f'--resume) --micro-batch-size ({line})')
         print(f"error: {f'rank {rank()}: ' * (rank() > 0)}{line}", file=sys.stderr, flush=True)
         status = 2
     sys.stdout.flush()
     if dist.is_initialized():
-        os._exit(status)                    # a thread of gloo that outlives the interpreter sometimes aborts
+        os._exit(status)                    # a gloo thread that outlives the interpreter sometimes aborts
     sys.exit(status)
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line, and which takes no abbreviated flags."""
+    """An ArgumentParser with one-line errors and without abbreviated flags."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -471,13 +471,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind: type, wanted: str, fits):
-    """An argparse type: an int or a float that fits; its error says what is wanted."""
+    """An argparse type: an int or a float that satisfies `fits`; otherwise the error states `wanted`."""
     def parse(text: str):
         value = kind(text)
         if not fits(value):
             raise argparse.ArgumentTypeError(f'{text}: must be {wanted}')
         return value
-    parse.__name__ = kind.__name__                          # for argparse's own words
+    parse.__name__ = kind.__name__                          # for argparse's own messages
     return parse
 
 
@@ -497,7 +497,7 @@ def world_size() -> int:
 
 
 def start_processes():
-    """Under torchrun, joins the other processes. Each has all weights, and its share of the work."""
+    """Under torchrun, joins the other processes. Each holds all weights and does its share of the work."""
     if 'TORCHELASTIC_RUN_ID' in os.environ:
         dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo')
 
@@ -508,25 +508,25 @@ def wait_for_all():
 
 
 def choose_device(name: str) -> torch.device:
-    """'auto' is the GPU where there is one; of several, each process of torchrun takes its own."""
+    """'auto' is the GPU if there is one; under torchrun, each process uses its own."""
     if name in ('auto', 'cuda') and torch.cuda.is_available():
         name = f"cuda:{os.environ['LOCAL_RANK']}" if dist.is_initialized() else 'cuda'
     name = 'cpu' if name == 'auto' else name
     try:
-        (torch.ones(1, device=name) + 1).item()             # runs a kernel, which an old GPU may lack
-    except Exception as error:                              # a missing driver or device fails in many ways
+        (torch.ones(1, device=name) + 1).item()             # runs a kernel; an old GPU may not support it
+    except Exception as error:                              # a missing driver or device can fail in many ways
         raise UserError(f'--device {name}: not usable on this machine ({one_line(error)}); --device cpu '
-                        'always is') from None
-    if name == 'cpu':           # else glibc gives large tensors back: asking again takes a fifth of a step
+                        'always works') from None
+    if name == 'cpu':           # else glibc returns big tensors to the OS; reallocation costs 1/5 of a step
         with suppress(OSError, AttributeError, TypeError):              # other systems
             mallopt = ctypes.CDLL(None).mallopt
-            mallopt(-4, 0)                                              # M_MMAP_MAX: no mappings of their own
-            mallopt(-1, -1)                                             # M_TRIM_THRESHOLD: keep what is freed
+            mallopt(-4, 0)                                              # M_MMAP_MAX: no separate mappings
+            mallopt(-1, -1)                                             # M_TRIM_THRESHOLD: keep freed memory
     return torch.device(name)
 
 
 def choose_dtype(device: torch.device, dtype: str) -> str:
-    """'auto' is bfloat16 on a GPU that has units for it, else float32 (few CPUs are fast at bfloat16)."""
+    """'auto' is bfloat16 on a GPU with hardware support, else float32 (few CPUs are fast at bfloat16)."""
     has_units = device.type == 'cuda' and torch.cuda.get_device_capability(device) >= (8, 0)
     return dtype if dtype != 'auto' else 'bfloat16' if has_units else 'float32'
 
@@ -536,8 +536,8 @@ def autocast(device: torch.device, dtype: str):
 
 
 def save_file(path: Path, write):
-    """write(file) into a temporary file beside path, which then takes its place: whole or not at all, even if
-    the power fails. Makes the folder, too."""
+    """Calls write(file) on a temporary file next to path, then renames it to path: all or nothing, even if
+    the power fails. Creates the folder if needed."""
     temporary = path.with_name(path.name + '.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -546,7 +546,7 @@ def save_file(path: Path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:                # a full disk: RuntimeError from torch.save
+    except (OSError, RuntimeError) as error:                # full disk: RuntimeError from torch.save
         raise UserError(f'{path}: cannot be written ({one_line(error)})') from None
     finally:
         with suppress(OSError):
@@ -555,17 +555,17 @@ def save_file(path: Path, write):
 
 @contextmanager
 def open_checkpoint(path: str | Path, *kinds: str, mmap: bool = False):
-    """A checkpoint of one of these kinds, which its 'kind' says; those that say none are 'other'. An error
-    while it is used is blamed on its content. mmap: tensors are read when they are used."""
+    """Opens a checkpoint whose 'kind' is one of kinds ('other' if it has none). Errors in the `with` block
+    are attributed to the file's content. mmap: tensors are read when they are used."""
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
         kind = checkpoint.get('kind', 'other')
-        check(kind in kinds, f"{path}: a checkpoint of kind '{kind}', but '{kinds[0]}' is needed here")
+        check(kind in kinds, f"{path}: a checkpoint of kind '{kind}', but '{kinds[0]}' is required")
         yield checkpoint
-    except Exception as error:                              # torch.load fails in many ways on a torn file
+    except Exception as error:                              # torch.load fails in many ways on a corrupt file
         if isinstance(error, (UserError, OSError)) or is_out_of_memory(error):
             raise
-        raise UserError(f'{path}: torn, or not what it should be; make or download it anew '
+        raise UserError(f'{path}: corrupt, or not the expected file; recreate it or download it again '
                         f'({one_line(error)})') from None
 
 

@@ -1,4 +1,4 @@
-"""The specification of this project, as tests, top down like the method. Run: pytest
+"""The specification of this project as tests, in the order of the method. Run: pytest
 
 The pyramid, the tokenizer, the transformer, sampling, released weights, data, training. The rest: notebooks/.
 """
@@ -29,7 +29,7 @@ from var import VAR, VARConfig
 from vqvae import VQVAE, Classifier, Discriminator, VQVAEConfig
 
 HERE = Path(__file__).resolve().parent
-SCALES = (1, 2, 3, 5)                   # none divides the next: areas overlap, which is the hard case
+SCALES = (1, 2, 3, 5)                   # 2 and 3 do not divide 5: areas overlap, the hard case
 PARITY = json.loads((HERE / 'notebooks/parity.json').read_text())
 
 
@@ -51,7 +51,7 @@ def tokenizer():
 
 
 def small_var(**changes) -> VAR:
-    """A transformer whose weights are all random, not almost silent as at the start of training."""
+    """A transformer with all weights random; at the usual initialisation many terms are almost zero."""
     settings = dict(depth=2, num_classes=3, vocab_size=16, z_channels=4, scales=SCALES) | changes
     model = VAR(VARConfig(**settings))
     for parameter in model.parameters():
@@ -101,7 +101,7 @@ def test_scales_are_predicted_in_scale_order_and_one_map_alone_in_raster_order(o
 
 # --------------------------------------------------------------------------------------- the tokenizer
 def slow_area(x_CHW, side):
-    """Means over areas, (side * side, C): cell i spans from floor(i H / side) to ceil((i + 1) H / side)."""
+    """Means over areas, (side * side, C): cell i spans floor(i H / side) to ceil((i + 1) H / side)."""
     C, H, _ = x_CHW.shape
     cells = [(i * H // side, -(-(i + 1) * H // side)) for i in range(side)]
     return torch.stack([x_CHW[:, a:b, c:d].mean((1, 2)) for a, b in cells for c, d in cells])
@@ -162,7 +162,7 @@ def test_a_single_map_is_an_ordinary_vqvae_whose_inputs_are_the_codes_of_the_tok
     torch.testing.assert_close(tokenizer.decode(tokens_BL), tokenizer.decode_f_hat(f_hat).clamp(-1, 1))
     assert torch.equal(tokenizer.teacher_inputs(tokens_BL), codes_VC[tokens_BL[:, :-1]])
     keep = torch.zeros(2, 5, 5)
-    keep[:, 3:] = 1                                     # and no token is kept always
+    keep[:, 3:] = 1                                     # and no token is always kept
     assert torch.equal(tokenizer.keep(tokens_BL, keep) >= 0, keep.flatten(1) > 0)
 
 
@@ -175,7 +175,7 @@ def test_the_decoders_gradient_goes_straight_through_to_the_encoder(tokenizer):
     f_hat = tokenizer.quantize(f)[1][-1].detach().requires_grad_()
     (tokenizer.decode_f_hat(f_hat) * weights).sum().backward()
     torch.testing.assert_close(f.grad, f_hat.grad, atol=1e-5, rtol=1e-4)
-    assert tokenizer.codebook.weight.grad is None               # codes learn from the vq loss alone
+    assert tokenizer.codebook.weight.grad is None               # the codes learn only from the vq loss
 
 
 def test_the_vq_loss_moves_codes_to_f_and_f_a_quarter_as_much_to_codes(tokenizer):
@@ -213,11 +213,11 @@ def test_scale_k_cannot_see_scale_k_plus_1(unit_norm):
     inputs_BLC = torch.randn(1, 38, 4, requires_grad=True)
     logits = split_scales(model(torch.tensor([1]), inputs_BLC))
     for k in range(len(SCALES)):
-        for place in range(logits[k].shape[1]):             # inputs stand at scales 2, 3, 4
+        for place in range(logits[k].shape[1]):             # inputs exist for scales 2, 3, 4
             grad = torch.autograd.grad(logits[k][0, place].square().sum(), inputs_BLC, retain_graph=True)[0]
             seen = [part.abs().sum(-1) > 0 for part in grad.split([4, 9, 25], dim=1)]
             for scale, part in enumerate(seen, start=1):
-                assert part.all() if scale <= k else not part.any(), f'scale {k} place {place}, {scale}'
+                assert part.all() if scale <= k else not part.any(), f'scale {k}, position {place}, {scale}'
 
 
 @pytest.mark.parametrize('adaln', [True, False])
@@ -239,13 +239,13 @@ def test_without_adaln_the_class_is_the_first_token_alone_and_blocks_begin_as_gp
     h = x + block.attention(F.layer_norm(x, (128,), eps=1e-6), None, None, 0)
     h = h + block.fc2(F.gelu(block.fc1(F.layer_norm(h, (128,), eps=1e-6)), approximate='tanh'))
     torch.testing.assert_close(block(x, a[0]), h)
-    model, inputs = small_var(adaln=False), torch.randn(1, 38, 4)       # the class is seen all the same,
+    model, inputs = small_var(adaln=False), torch.randn(1, 38, 4)       # every position sees the class,
     logits = [model(torch.tensor([label]), inputs) for label in (0, 2)]
     assert ((logits[0] - logits[1]).abs().amax((0, 2)) > 1e-4).all()
     model.class_embedding.weight.data[:] = 0.3
-    logits = [model(torch.tensor([label]), inputs) for label in (0, 2)]     # and by nothing else
+    logits = [model(torch.tensor([label]), inputs) for label in (0, 2)]     # only by its embedding
     assert torch.equal(*logits)
-    with pytest.raises(ValueError, match='^shared_adaln=True: without adaln there is none'):
+    with pytest.raises(ValueError, match='^shared_adaln=True: requires adaln'):
         VARConfig(adaln=False, shared_adaln=True)
 
 
@@ -268,7 +268,7 @@ def test_stochastic_depth_rises_linearly_and_skips_the_branches_that_the_noise_n
     noise_B2 = torch.tensor([[0.3, 0.5], [0.5, 0.3], [0.3, 0.3], [0.5, 0.4]])
     for i, (plain, found) in enumerate(zip(block.modulation(class_BD, None, None),
                                            block.modulation(class_BD, None, noise_B2))):
-        factor = (noise_B2[:, i] >= 0.4) / 0.6 if i < 2 else torch.ones(4)          # the two gates alone
+        factor = (noise_B2[:, i] >= 0.4) / 0.6 if i < 2 else torch.ones(4)          # only the two gates
         torch.testing.assert_close(found, plain * factor[:, None, None])
     labels, inputs, noise_BN = torch.zeros(1, dtype=torch.int64), torch.randn(1, 38, 4), torch.ones(1, 5)
     noise_BN[:, 3:] = 0.0                               # both branches of the second block are skipped
@@ -291,12 +291,12 @@ def test_initialisation_is_the_released_one():
 
 # -------------------------------------------------------------------------------------------- sampling
 def logits_while_generating(var, tokenizer, labels, **options):
-    """Conditional and unconditional logits that generate() saw, (B, L, V) each, and its tokens."""
+    """The conditional and unconditional logits of generate(), (B, L, V) each, and its tokens."""
     seen = []
     hook = var.head.register_forward_hook(lambda module, args, output: seen.append(output))
     _, tokens_BL = var.generate(tokenizer, labels, return_tokens=True, **options)
     hook.remove()
-    conditional, *unconditional = torch.cat(seen, dim=1).split(len(labels))     # nothing for null at cfg 0
+    conditional, *unconditional = torch.cat(seen, dim=1).split(len(labels))     # cfg 0: no null class
     return conditional, *unconditional, tokens_BL
 
 
@@ -348,7 +348,7 @@ def test_cfg_0_and_the_null_class_are_not_guided(tokenizer):
 
 
 def slow_draw(logits, noise, top_k, top_p):
-    """One token, by the words of the docstring."""
+    """One token, as the docstring of draw_tokens defines it."""
     V = len(logits)
     order = sorted(range(V), key=lambda v: -logits[v])[:top_k if 0 < top_k < V else V]
     p = np.exp([logits[v] - logits[order[0]] for v in order])
@@ -373,11 +373,11 @@ def test_the_same_noise_gives_the_same_image_in_any_batch(tokenizer):
             for batch_size in (5, 2, 5)]
     assert torch.equal(runs[0][1], runs[1][1])                                  # tokens
     torch.testing.assert_close(runs[0][0], runs[1][0], atol=1e-5, rtol=0)       # images, up to rounding
-    assert torch.equal(runs[0][0], runs[2][0])                                  # to the bit
+    assert torch.equal(runs[0][0], runs[2][0])                                  # bit for bit
     other = torch.cat([tokens for _, tokens in sample.draw(tokenizer, var.train(), labels, 8, 5)])
     assert not torch.equal(runs[0][1], other)
     again = [torch.cat(parts) for parts in zip(*sample.draw(tokenizer.train(), var, labels, 7, 5))]
-    assert torch.equal(runs[0][0], again[0])                                    # in any mode
+    assert torch.equal(runs[0][0], again[0])                                    # in either mode
 
 
 def test_under_autocast_logits_and_quantizer_stay_float32(tokenizer):
@@ -389,7 +389,7 @@ def test_under_autocast_logits_and_quantizer_stay_float32(tokenizer):
     logits.sum().backward()
     assert inputs_BLC.dtype == logits.dtype == images.dtype == torch.float32
     assert torch.equal(inputs_BLC, tokenizer.teacher_inputs(tokens_BL))
-    # bfloat16 was used (its 8 bits err by 0.4% at every step of the way) and is near: logits are about 1
+    # bfloat16 was used (8 bits: each operation errs by 0.4%) and the result is close: logits are about 1
     assert 0 < (logits - var(labels, inputs_BLC)).abs().max() < 0.3
 
 
@@ -423,13 +423,13 @@ def test_a_tokenizer_of_another_kind_is_refused_by_what_differs(tokenizer):
         with pytest.raises(ValueError, match=re.escape(f'{field}: the transformer was made for {value}, but '
                                                        f'the tokenizer has {other}')):
             var.generate(tokenizer, torch.tensor([0]))
-        if field != 'vocab_size':                               # which no input shows
+        if field != 'vocab_size':                               # the inputs do not show it
             with pytest.raises(ValueError, match=r'inputs_BLC .*: must be .* for VARConfig\('):
                 var(torch.tensor([0]), tokenizer.teacher_inputs(torch.zeros(1, 39, dtype=torch.int64)))
 
 
 def test_the_headers_examples_run_as_they_stand(capsys):
-    """That of var.py goes on from that of vqvae.py: the two models of the headers fit each other."""
+    """The example in var.py continues the one in vqvae.py: the two models fit each other."""
     names = dict(torch=torch, VQVAE=VQVAE, VQVAEConfig=VQVAEConfig, VAR=VAR, VARConfig=VARConfig)
     for module in (vqvae_module, var_module):
         example = '\n'.join(re.findall(r'^    ([\w, ]+ = .*)$', module.__doc__, re.M))
@@ -440,7 +440,7 @@ def test_the_headers_examples_run_as_they_stand(capsys):
 
 # ------------------------------------------------------------------------------------ released weights
 def recipe(shapes: dict) -> dict:
-    """Weights that anyone can rebuild from their names: the recipe behind notebooks/parity.json."""
+    """Weights that anyone can rebuild from their names, as used for notebooks/parity.json."""
     weights = {}
     for key, shape in shapes.items():
         r = np.random.RandomState(zlib.crc32(key.encode())).standard_normal(shape)
@@ -457,7 +457,7 @@ def recipe(shapes: dict) -> dict:
 
 
 def released(case: str, device='cpu'):
-    """Both models of a parity case, its images and the figures that the released code computes from them."""
+    """Both models of a parity case, its images and the values that the released code computes from them."""
     case = PARITY[case]
     scales = tuple(case['config']['patch_nums'])
     tokenizer = VQVAE.from_official(recipe(case['vqvae_keys']), scales).eval().to(device)
@@ -474,7 +474,7 @@ def released(case: str, device='cpu'):
 def test_the_authors_weights_give_the_authors_numbers(case, device, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, 'allow_tf32', False)
     tokenizer, var, images, expected = released(case, device)
-    c = PARITY[case]['config']                              # all but the scales was read off the shapes
+    c = PARITY[case]['config']                              # all but the scales follows from the shapes
     V, C, scales = c['vocab_size'], c['z_channels'], tuple(c['patch_nums'])
     mults = (1, 1, 2, 2, 4)
     assert tokenizer.config == VQVAEConfig(16 * scales[-1], 1, c['ch'], mults, 2, True, C, V, scales)
@@ -501,7 +501,7 @@ def test_the_authors_weights_give_the_authors_numbers(case, device, monkeypatch)
 @pytest.mark.parametrize('edit', ['inpaint', 'outpaint'])
 @torch.no_grad()
 def test_an_edit_of_an_image_is_the_authors_demos(case, edit):
-    """Tokens equal, images to 1e-4."""
+    """The tokens are equal, the images agree to 1e-4."""
     tokenizer, var, images, _ = released(case)
     expected, H = PARITY[case]['edit'][edit], var.config.scales[-1]
     y0, x0, y1, x1 = (round(edge * H) for edge in expected['box_y0_x0_y1_x1'])
@@ -519,7 +519,7 @@ def test_an_edit_of_an_image_is_the_authors_demos(case, edit):
 
 @pytest.mark.parametrize('case', PARITY)
 def test_a_training_step_is_the_released_trainers(case):
-    """Loss, gradients, their norm before clipping, and weights after a step of AdamW; nothing dropped."""
+    """Loss, gradients, their norm before clipping, and the weights after an AdamW step; no dropout."""
     tokenizer, var, images, _ = released(case)
     step, labels = PARITY[case]['training_step'], torch.tensor([1, var.config.num_classes])
     optimizer = torch.optim.AdamW(train.parameter_groups(var, 0.05), lr=1e-3, betas=(0.9, 0.95))
@@ -539,7 +539,7 @@ def test_a_training_step_is_the_released_trainers(case):
     for name, values in step['gradients'].items():      # the largest are about 0.1
         torch.testing.assert_close(some(weight_of(name).grad), torch.tensor(values), atol=1e-6, rtol=1e-4)
     optimizer.step()
-    for name, values in step['weights'].items():        # a step moves each by about 1e-3
+    for name, values in step['weights'].items():        # a step changes each by about 1e-3
         torch.testing.assert_close(some(weight_of(name)), torch.tensor(values), atol=1e-5, rtol=0)
 
 
@@ -551,7 +551,7 @@ def test_a_training_step_is_the_released_trainers(case):
 def test_a_state_dict_that_does_not_fit_is_refused_in_one_line_that_says_where(model, change, words):
     weights = recipe(PARITY['adaln']['var_keys' if model is VAR else 'vqvae_keys'])
     change(weights)
-    with pytest.raises(ValueError, match='^no released VAR t.*' + re.escape(words)) as refusal:
+    with pytest.raises(ValueError, match='^not a released VAR t.*' + re.escape(words)) as refusal:
         model.from_official(weights, (1, 2, 3, 4))
     assert '\n' not in str(refusal.value)
 
@@ -584,7 +584,7 @@ def test_cifar10_is_read_as_its_format_says(tmp_path):
     held_out = torch.cat([images for images, _ in data.val_batches(300)])
     assert data.count == 500 and torch.equal(held_out, train.to_float(test_images[:2000]))
     (folder / 'data_batch_3.bin').write_bytes(b'short')
-    with pytest.raises(sample.UserError, match='data_batch_3.bin: 5 bytes, not 30730000'):
+    with pytest.raises(sample.UserError, match='data_batch_3.bin: 5 of 30730000 bytes; .* or train/'):
         train.read_cifar10(str(folder))
 
 
@@ -600,7 +600,7 @@ def test_augmentation_mirrors_half_and_shifts_within_the_crop():
 
 
 def write_images(folder: Path, count: int, size=(40, 30), classes=('bird', 'cat', 'dog'), mode='RGB'):
-    """train/<class>/<i>.png, smooth and all different."""
+    """Writes train/<class>/<i>.png: smooth images, all different."""
     for i in range(count):
         noise = np.random.RandomState(i).randint(0, 256, (4, 5, 3), dtype=np.uint8)
         path = folder / 'train' / classes[i % len(classes)] / f'{i:04d}.png'
@@ -631,7 +631,7 @@ def test_classes_are_folders_and_a_tenth_is_held_out_of_which_each_class_keeps_o
 
 
 def test_what_a_folder_holds_does_not_depend_on_the_machine_that_holds_it(tmp_path, capsys):
-    """Names as Macs write them; links; hidden files; what isn't an image; deeper folders; folders of runs."""
+    """Names as macOS writes them, links, hidden files, non-images, nested folders, folders of runs."""
     a, b, elsewhere = (tmp_path / name for name in 'abc')
     write_images(a, 40, classes=('école', 'cat'))
     shutil.copytree(a, b)
@@ -645,18 +645,18 @@ def test_what_a_folder_holds_does_not_depend_on_the_machine_that_holds_it(tmp_pa
     for name in '.x.png cat/._0003.png cat/notes.txt cat/b.HEIC loose.png last.pt cat/README'.split():
         (b / 'train' / name).write_bytes(b'')
     shutil.copytree(a / 'train', b / 'train/out/shapes')
-    (b / 'train/out/shapes/last.pt').write_bytes(b'')           # a run's: what --data-dir . finds
+    (b / 'train/out/shapes/last.pt').write_bytes(b'')           # of a run, as --data-dir . finds it
     a, b = folder_data(a), folder_data(b)
     assert a.class_names == b.class_names == ['cat', 'école'] and a.fingerprint == b.fingerprint
     assert a.count + a.val_count == b.count + b.val_count == 40
-    found = 'train: 2 outside of class folders, 1 .heic, 1 other, 1 .txt'
-    assert capsys.readouterr().out.splitlines()[1] == f'left out of {tmp_path}/b/{found}'
+    found = 'train: 2 outside class folders, 1 .heic, 1 other, 1 .txt'
+    assert capsys.readouterr().out.splitlines()[1] == f'skipped in {tmp_path}/b/{found}'
 
 
 def test_a_batch_of_a_folder_follows_from_its_step_alone(tmp_path):
     folder = write_images(tmp_path, 30)
     data, late = (folder_data(folder, f'--flip --workers {workers}') for workers in (1, 2))
-    batches = [data.batch(step, 4) for step in range(14)]           # 27 to train on: 6 steps an epoch
+    batches = [data.batch(step, 4) for step in range(14)]           # 27 training images: 6 steps an epoch
     for step in (9, 10, 3):
         assert all(torch.equal(a, b) for a, b in zip(late.batch(step, 4), batches[step]))
     assert batches[0][0].shape == (4, 3, 16, 16) and -1 <= batches[0][0].min() < batches[0][0].max() <= 1
@@ -675,9 +675,9 @@ def test_broken_images_are_named_counted_and_left_out_unless_all_are(tmp_path, c
     (folder / 'train/cat/0001.png').write_bytes(good[:len(good) // 2])
     data = folder_data(folder)
     for step in range(6):
-        assert data.batch(step, 36)[0].amax((1, 2, 3)).min() > -0.5     # the next one, no black square
+        assert data.batch(step, 36)[0].amax((1, 2, 3)).min() > -0.5     # the next image instead, not black
     list(data.val_batches(10))
-    named = [line for line in capsys.readouterr().out.splitlines() if line.startswith('broken, left out (')]
+    named = [line for line in capsys.readouterr().out.splitlines() if line.startswith('skipped broken image')]
     assert len(named) == 2 and {Path(line.split(': ')[1]).name for line in named} == {'0000.png', '0001.png'}
     for path in folder.rglob('*.png'):
         path.write_bytes(b'')
@@ -702,7 +702,7 @@ def resume(out: Path, flags='') -> Path:
 
 
 def stopped(flags: str, out: Path, stage: str, step: int) -> Path:
-    """A run that a SIGTERM reaches while it makes this step of a stage."""
+    """A run stopped by SIGTERM during this step of a stage."""
     def update_weights(trainer):
         if (trainer.name, trainer.step) == (stage, step - 1):
             os.kill(os.getpid(), signal.SIGTERM)
@@ -736,7 +736,7 @@ def curve(out: Path, stage: str, split='train val') -> list[dict]:
 
 
 def losses(out: Path, stage: str) -> np.ndarray:
-    """What was logged of each training step, and of the validations."""
+    """The values logged for each training step and each validation."""
     names = dict(train=dict(vqvae=('reconstruction', 'vq', 'perceptual'), var=('loss',)),
                  val=dict(vqvae=('psnr', 'perplexity'), var=('loss', 'accuracy')))
     return np.concatenate([[float(row.get(name) or 0) for name in names[row['split']][stage]]
@@ -744,7 +744,7 @@ def losses(out: Path, stage: str) -> np.ndarray:
 
 
 def same_run(a: Path, b: Path) -> bool:
-    """Both stages ended with the same weights to the bit, and with the same curves."""
+    """Whether both stages ended with the same weights, bit for bit, and the same curves."""
     return all(same_weights(a / f'{stage}.pt', b / f'{stage}.pt', stage)
                and curve(a, stage) == curve(b, stage) for stage in ('vqvae', 'var'))
 
@@ -766,7 +766,7 @@ def test_a_run_leaves_models_logs_and_images(tiny_run):
 @pytest.mark.parametrize('stage, step', [('vqvae', 3), ('var', 1)])
 def test_a_stopped_run_ends_as_one_that_never_stopped(stage, step, tiny_run, tmp_path, capsys):
     out = stopped('', tmp_path / 'run', stage, step)
-    assert f'stopped at step {step} of 4 of {stage}, all saved; the same command' in capsys.readouterr().out
+    assert f'stopped at step {step} of 4 ({stage}) and saved; to continue' in capsys.readouterr().out
     train.main([*TINY.split(), '--resume', '--seed', '0', '--out', str(out)])           # the same command
     assert same_run(resume(out), tiny_run)                          # nothing left to do, and nothing lost
 
@@ -776,18 +776,18 @@ def test_one_map_in_raster_order_is_trained_kept_resumed_and_drawn(tmp_path):
     whole, out = run(flags, tmp_path / 'whole'), stopped(flags, tmp_path / 'run', 'var', 3)
     assert same_run(resume(out), whole)
     assert {path.name for path in out.glob('var*.pt')} == {'var.pt', 'var-2.pt', 'var-4.pt'}
-    assert same_weights(out / 'var.pt', out / 'var-4.pt', 'var')                # the later one is the better
+    assert same_weights(out / 'var.pt', out / 'var-4.pt', 'var')                # the later one is better
     assert not same_weights(out / 'var-2.pt', out / 'var-4.pt', 'var')
     sample.main([str(out / 'var.pt'), '--count', '3', '--out', str(tmp_path / 'a.png')])
     assert Image.open(tmp_path / 'a.png').size == (4 * (3 * 34 - 2), 4 * (1 * 34 - 2))
-    (out / 'var-3-good.pt').write_bytes(b'')                                # of the user's
+    (out / 'var-3-good.pt').write_bytes(b'')                                # the user's file
     run('--overwrite --stage var --order raster --scales 8', out)
     assert {path.name for path in out.glob('var*.pt')} == {'var.pt', 'var-3-good.pt'}   # no others
 
 
 def test_muon_moves_the_matrices_of_blocks_and_is_resumed(tiny_run, tmp_path):
     whole = run('--var-optimizer muon', tmp_path / 'whole')
-    assert same_weights(whole / 'vqvae.pt', tiny_run / 'vqvae.pt', 'vqvae')     # stage 1 knows nothing of it
+    assert same_weights(whole / 'vqvae.pt', tiny_run / 'vqvae.pt', 'vqvae')     # stage 1 does not use it
     assert not same_weights(whole / 'var.pt', tiny_run / 'var.pt', 'var')
     assert same_run(resume(stopped('--var-optimizer muon', tmp_path / 'run', 'var', 3)), whole)
     trainer = trainer_of('--var-optimizer muon --depth 2')
@@ -800,14 +800,14 @@ def test_muon_moves_the_matrices_of_blocks_and_is_resumed(tiny_run, tmp_path):
 
 
 def trainer_of(flags: str, device='cpu') -> train.Trainer:
-    """Of stage 2, before its first step."""
+    """A trainer of stage 2 before its first step."""
     args, _ = train.parse((TINY + flags).split())
     data = SimpleNamespace(count=10 ** 6, device=torch.device(device))
     return train.Trainer('var', VAR(train.make(VARConfig, args)).to(device), args, data, {}, [], [], 0.0)
 
 
 def test_training_on_tokens_encoded_once_changes_nothing_but_speed(tmp_path):
-    """Both views of --flip are met: losses in training and held out are those from images to 1e-5."""
+    """With both views of --flip: training and held-out losses agree to 1e-5 with those from images."""
     out = run('--stage vqvae', tmp_path / 'tokenizer')
     flags = f'--stage var --tokenizer {out}/vqvae.pt --flip --var-steps 20 --save-every-steps 10 '
     slow, fast = (run(flags + flag, tmp_path / flag) for flag in ('--no-cache-tokens', '--cache-tokens'))
@@ -816,8 +816,8 @@ def test_training_on_tokens_encoded_once_changes_nothing_but_speed(tmp_path):
 
 
 def test_a_budget_fits_the_whole_schedule_into_its_minutes(tmp_path, monkeypatch):
-    """Over two sessions, by a clock that a step moves by a second; a session's first step doesn't count. A
-    classifier of four steps takes four seconds from stage 1."""
+    """Over two sessions, with a clock that advances one second a step; the first step of a session is not
+    counted. Four steps of the classifier take four seconds from stage 1."""
     clock, clip = SimpleNamespace(now=0.0, monotonic=lambda: clock.now), torch.nn.utils.clip_grad_norm_
 
     def clip_for_a_second(*arguments):
@@ -878,14 +878,14 @@ def test_var_pt_keeps_the_step_with_the_lowest_held_out_loss(tmp_path):
     flags = '--train-count 8 --var-steps 60 --var-lr 0.3 --save-every-steps 10'
     out = run(flags, tmp_path / 'run')
     losses = [float(row['loss']) for row in curve(out, 'var', 'val')]
-    assert min(losses) < losses[-1] - 0.01                      # eight images were learned by heart
+    assert min(losses) < losses[-1] - 0.01                      # it has overfitted the eight images
     tokenizer, var, defaults = sample.load(out / 'var.pt')
     images, labels = train.draw_shapes(32, 2 ** 31)
     loss_BL, _ = train.transformer_loss(var, tokenizer, train.to_float(images), labels)
     assert loss_BL.mean().item() == pytest.approx(min(losses), rel=1e-4)
     drawn = [images for images, _ in sample.draw(tokenizer, var, [*range(10)] * 8, 0, 8, **defaults)]
     shown = np.asarray(Image.open(out / 'samples.png'))
-    assert np.array_equal(shown, np.asarray(sample.grid(torch.cat(drawn), 10)))     # by the weights in var.pt
+    assert np.array_equal(shown, np.asarray(sample.grid(torch.cat(drawn), 10)))     # with var.pt's weights
     again = resume(stopped(flags, tmp_path / 'again', 'var', 55))
     assert same_run(again, out)
     assert (again / 'samples.png').read_bytes() == (out / 'samples.png').read_bytes()
@@ -893,7 +893,7 @@ def test_var_pt_keeps_the_step_with_the_lowest_held_out_loss(tmp_path):
 
 @pytest.mark.parametrize('order, scales', [('scale', (1, 2, 4, 8)), ('raster', (8,))])
 def test_8_images_are_learned_by_heart(order, scales):
-    """A transformer that can't overfit 8 images is broken: the thing to try when samples are bad."""
+    """A transformer that cannot overfit 8 images is broken. Try this when samples are bad."""
     images = train.to_float(train.draw_shapes(8, 0)[0])
     tokenizer = VQVAE(VQVAEConfig(channels=32, z_channels=4, vocab_size=64, scales=scales))
     tokenizer.codebook.weight.data.zero_()
@@ -909,10 +909,10 @@ def test_8_images_are_learned_by_heart(order, scales):
         optimizer.step()
     assert right_BL.all()
     drawn = var.generate(tokenizer, labels, cfg=0.0, top_k=1)
-    torch.testing.assert_close(drawn, tokenizer.decode(tokens_BL))          # and draws them, pixel by pixel
+    torch.testing.assert_close(drawn, tokenizer.decode(tokens_BL))          # samples match pixel by pixel
 
 
-# the adversarial and the perceptual term of stage 1
+# the adversarial and perceptual terms of stage 1
 def adversarial_setting():
     torch.manual_seed(1)
     tokenizer = VQVAE(VQVAEConfig(channels=32, z_channels=4, vocab_size=16, scales=(1, 2, 8)))
@@ -938,7 +938,7 @@ def test_the_hinge_and_the_adaptive_weight_are_those_of_the_papers():
     assert total.item() == pytest.approx(expected.item(), rel=1e-4)
     from_hinge = torch.autograd.grad(hinge, discriminator[0].weight, retain_graph=True)[0]
     total.backward()
-    # each learns from its own loss alone
+    # each network learns only from its own loss
     torch.testing.assert_close(last.grad, by_loss + 0.5 * weight * by_verdict, rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(discriminator[0].weight.grad, from_hinge, rtol=1e-3, atol=1e-6)
 
@@ -948,7 +948,7 @@ def test_the_discriminator_joins_at_its_start_and_is_resumed(tmp_path):
              '--save-every-steps 8 --vocab-size 128 --revive-every-steps 3')
     whole = run(flags, tmp_path / 'whole')
     assert [bool(row['adaptive']) for row in curve(whole, 'vqvae', 'train')] == [False] * 3 + [True] * 9
-    out = resume(stopped(flags, tmp_path / 'run', 'vqvae', 7))              # between two revivals of codes
+    out = resume(stopped(flags, tmp_path / 'run', 'vqvae', 7))              # between two code revivals
     assert same_weights(out / 'vqvae.pt', whole / 'vqvae.pt', 'vqvae')
     assert curve(out, 'vqvae') == curve(whole, 'vqvae')
 
@@ -973,18 +973,18 @@ def test_the_perceptual_distance_compares_directions_of_features_at_each_size():
 def test_the_classifier_of_the_perceptual_term_learns_first_and_is_resumed(tmp_path, capsys):
     flags = '--stage vqvae --perceptual-weight 1 --classifier-steps 30 --train-count 640'
     whole = run(flags, tmp_path / 'whole')
-    right = float(re.search('classifier: right on (.*)% of held-out', capsys.readouterr().out)[1])
+    right = float(re.search('classifier: (.*)% accuracy on held-out', capsys.readouterr().out)[1])
     assert right > 25 and all(float(row['perceptual']) > 0 for row in curve(whole, 'vqvae', 'train'))
     out = resume(stopped(flags, tmp_path / 'run', 'vqvae', 1))
     assert capsys.readouterr().out.count('classifier: ') == 1               # it isn't trained again
     assert same_weights(out / 'vqvae.pt', whole / 'vqvae.pt', 'vqvae')
     with pytest.raises(SystemExit):
-        run(flags + ' --stop-after-minutes 1e-9', tmp_path / 'early')       # while it learns
+        run(flags + ' --stop-after-minutes 1e-9', tmp_path / 'early')       # during its training
     assert same_weights(resume(tmp_path / 'early') / 'vqvae.pt', whole / 'vqvae.pt', 'vqvae')
 
 
 def test_lpips_is_asked_for_by_its_flag(capsys, monkeypatch):
-    """The wiring, with a small random network in lpips' place."""
+    """The wiring, with a small random network in place of lpips."""
     class StandIn(torch.nn.Conv2d):
         def forward(self, a, b):
             return (super().forward(a) - super().forward(b)).square().mean((1, 2, 3), keepdim=True)

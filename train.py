@@ -2,18 +2,18 @@
 
     python train.py                                             # both stages on drawn shapes, on any CPU
     python train.py --preset cifar10-cpu                        # CIFAR-10, downloaded to data/, on any CPU
-    python train.py --data-dir photos                           # your own: photos/train/<class>/*.jpg
+    python train.py --data-dir photos                           # your own images: photos/train/<class>/*.jpg
     torchrun --nproc-per-node 8 train.py --preset imagenet256 --depth 16 --data-dir imagenet
-    python train.py --resume                                    # go on from the last save in out/shapes
+    python train.py --resume                                    # resume from out/shapes/last.pt
 
-A run leaves in --out (out/<preset>): vqvae.pt and var.pt, to use and to share; last.pt, to resume; vqvae.csv
-and var.csv, the logs; reconstructions.png and samples.png.
+A run writes to --out (default: out/<preset>): vqvae.pt and var.pt, the models to use and share; last.pt, the
+checkpoint to resume from; vqvae.csv and var.csv, the logs; reconstructions.png and samples.png.
 
-All that is random in step s follows from (seed, s), for the whole batch, of which each process takes its
-share. So a resumed run ends as one that never stopped (to the bit on CPUs; --budget-minutes depends on the
-clock), and one on more processes, or in smaller micro-batches, ends the same up to rounding. Two things do
-depend on the images that a process takes at once: the adaptive weight of the adversarial term, and BatchNorm
-in the perceptual classifier. Names of tensors end in their shapes (tokens_BL), as in vqvae.py and var.py.
+All randomness in step s is determined by (seed, s), for the whole batch, of which each process takes its
+share. A resumed run therefore matches an uninterrupted one (bit for bit on CPUs; --budget-minutes depends on
+the clock), and more processes or smaller micro-batches change the result only by rounding. Two exceptions
+depend on the micro-batch of a process: the adaptive weight of the adversarial term, and BatchNorm in the
+perceptual classifier. Tensor names end in their shapes (tokens_BL), as in vqvae.py and var.py.
 """
 import argparse
 import colorsys
@@ -52,7 +52,7 @@ from var import VAR, VARConfig
 from vqvae import VQVAE, Classifier, Discriminator, VQVAEConfig
 
 # --------------------------------------------------------------------------------------------------- presets
-PRESETS = {                             # learning rates are per 256 images: 0.064 is 0.004 at a batch of 16
+PRESETS = {                             # learning rates are per 256 images: 0.064 is 0.004 at batch size 16
     'shapes': dict(depth=2, adaln_gamma_init=1.0, batch_size=16, vqvae_steps=750, vqvae_lr=0.064,
                    var_steps=700, var_lr=0.064, cfg=2.0, top_p=0.8),
     'cifar10': dict(patch_size=2, channel_mults=(1, 2), vocab_size=4096, scales=(1, 2, 3, 4, 5, 6, 8),
@@ -74,7 +74,7 @@ PRESETS = {                             # learning rates are per 256 images: 0.0
                         log_every_steps=200, save_every_steps=2000)}
 PRESETS['imagenet512'] = PRESETS['imagenet256'] | dict(
     image_size=512, scales=(1, 2, 3, 4, 6, 9, 13, 18, 24, 32), depth=36, vqvae_micro_batch_size=2)
-RECIPES = {         # of the released transformers, by the least depth; micro_batch_size is ours, for 80 GB
+RECIPES = {         # of the released transformers, by minimum depth; micro_batch_size is ours, for 80 GB
     0: dict(var_steps=333_638, var_lr=1e-4, adaln_gamma_init=1e-3, var_last_lr=0.1,             # 200 epochs
             micro_batch_size=48),
     20: dict(var_steps=417_047, var_lr=1e-4, adaln_gamma_init=1e-3, var_last_lr=0.1,            # 250
@@ -87,12 +87,12 @@ RECIPES = {         # of the released transformers, by the least depth; micro_ba
 
 
 # ----------------------------------------------------------------------------------- stage 1, the tokenizer
-REVIVAL_IMAGES = 256                    # of a batch, whose features may replace dead codes
+REVIVAL_IMAGES = 256                    # images per batch whose features can replace dead codes
 
 
 def train_tokenizer(trainer: 'Trainer', tokenizer: VQVAE):
-    """Minimises `tokenizer_loss`. vqvae.pt holds the weights of the last validation. A code that was not used
-    since the last check (every --revive-every-steps) is dead, and is replaced."""
+    """Minimises `tokenizer_loss`. vqvae.pt holds the weights of the last validation. A code not used since
+    the last check (every --revive-every-steps) is dead and gets replaced."""
     args, data, device = trainer.args, trainer.data, trainer.device
     classifier = perceptual = None
     if args.perceptual_weight and args.perceptual == 'lpips':
@@ -104,7 +104,7 @@ def train_tokenizer(trainer: 'Trainer', tokenizer: VQVAE):
     if args.adversarial_weight:
         trainer.add('discriminator', Discriminator(args.discriminator_channels).to(device), (0.5, 0.9), 0.0)
     trainer.used_V = torch.zeros(tokenizer.config.vocab_size)
-    torch.nn.init.zeros_(tokenizer.codebook.weight)     # all codes are dead until step 0 puts them on data
+    torch.nn.init.zeros_(tokenizer.codebook.weight)     # all codes are dead until step 0 sets them from data
     trainer.begin()
     used_V = trainer.used_V = trainer.used_V.to(device)
     if classifier and trainer.step == 0:
@@ -135,8 +135,8 @@ def train_tokenizer(trainer: 'Trainer', tokenizer: VQVAE):
 
 
 def tokenizer_loss(network, images: Tensor, args, perceptual, discriminator) -> tuple[Tensor, dict, Tensor]:
-    """Equation 5 of the VAR paper, its terms for the log, and the tokens. The perceptual and the adversarial
-    term are optional."""
+    """The loss of Eq. 5 of the VAR paper plus the discriminator's, its terms for the log, and the tokens. The
+    perceptual and adversarial terms are optional."""
     reconstruction, vq_loss, tokens_BL = network(images)
     loss = F.mse_loss(reconstruction, images)
     metrics = dict(reconstruction=loss, vq=vq_loss)
@@ -154,9 +154,9 @@ def tokenizer_loss(network, images: Tensor, args, perceptual, discriminator) -> 
 
 def adversarial_terms(discriminator, images, reconstruction, loss: Tensor, last_layer: Tensor) -> dict:
     """The adversarial term of Eq. 5, as in VQGAN (Esser et al., 2021), and the discriminator's hinge loss.
-    One backward pass serves both: the first goes through a frozen discriminator, the second sees a detached
-    reconstruction. The adaptive weight gives the gradients of the first and of `loss` the same norm at the
-    decoder's last layer, where both enter it."""
+    One backward pass serves both: the former goes through a frozen discriminator, the latter sees a detached
+    reconstruction. The adaptive weight gives the gradients of the former and of `loss` the same norm at the
+    decoder's last layer, where both gradients enter the decoder."""
     frozen = unwrapped(discriminator).requires_grad_(False)
     generator = -frozen(reconstruction).float().mean()
     by_loss, by_generator = (torch.autograd.grad(term, last_layer, retain_graph=True)[0].norm()
@@ -168,8 +168,8 @@ def adversarial_terms(discriminator, images, reconstruction, loss: Tensor, last_
 
 
 def train_classifier(trainer: 'Trainer', classifier: Classifier):
-    """Trains the network of the perceptual term before the first step, on batches of about 128 images or more
-    (for its BatchNorm), each shifted by up to an eighth. The time counts towards --budget-minutes."""
+    """Trains the classifier of the perceptual term before the first step, on batches of about 128 images or
+    more (for BatchNorm), shifted by up to 1/8 of their size. The time counts towards --budget-minutes."""
     args, data, device, network = trainer.args, trainer.data, trainer.device, parallel(classifier)
     B = trainer.batch_size * max(1, min(128, data.count) // trainer.batch_size)
     optimizer = torch.optim.AdamW(parameter_groups(classifier, args.weight_decay), betas=(0.9, 0.95))
@@ -187,43 +187,43 @@ def train_classifier(trainer: 'Trainer', classifier: Classifier):
         optimizer.zero_grad()
         trainer.sync_clock_and_signals()
         if trainer.is_asked_to_stop:
-            trainer.stop()                                  # to begin it anew, by --resume
+            trainer.stop()                                  # --resume restarts the classifier
     trainer.budget, trainer.seconds = trainer.budget and max(1.0, trainer.budget - trainer.seconds), 0.0
     for tensor in classifier.state_dict().values() if dist.is_initialized() else ():
-        dist.broadcast(tensor, 0)                           # each process has seen means of its own images
+        dist.broadcast(tensor, 0)                           # BatchNorm statistics differ between processes
     with torch.no_grad(), autocast(device, args.dtype):
         right = torch.zeros(1, device=device)
         for images, labels in data.val_batches(trainer.val_batch_size):
             right += (classifier.eval()(images).argmax(1) == labels).sum()
-    say(f'classifier: right on {all_sum(right).item() / data.val_count:.1%} of held-out images')
+    say(f'classifier: {all_sum(right).item() / data.val_count:.1%} accuracy on held-out images')
 
 
 def load_lpips(device: torch.device) -> torch.nn.Module:
-    """The perceptual distance of Zhang et al. (2018), frozen: two batches in [-1, 1] -> one number a pair."""
+    """Perceptual distance of Zhang et al. (2018), frozen: two batches in [-1, 1] -> one number per pair."""
     try:
         import lpips
         return lpips.LPIPS(net='vgg', verbose=False).to(device).eval().requires_grad_(False)
-    except Exception as error:                              # it isn't installed, or its weights aren't there
+    except Exception as error:                              # not installed, or its weights are unavailable
         raise UserError(f'--perceptual lpips: pip install lpips, or omit it ({one_line(error)})') from None
 
 
 @torch.no_grad()
 def revive_dead_codes(trainer: 'Trainer', tokenizer: VQVAE, dead_V: Tensor, images: Tensor):
-    """Replaces dead codes by vectors that the quantizer meets in this batch, the same in all processes."""
+    """Replaces dead codes with vectors that the quantizer sees in this batch, the same in all processes."""
     with autocast(trainer.device, trainer.args.dtype):
         f = torch.cat([tokenizer.features(part) for part in images.split(trainer.val_batch_size)])
     whole = f.new_zeros(world_size() * len(f), *f.shape[1:])
     share_of(whole).copy_(f)
     torch.manual_seed(seed_of(trainer.args.seed, trainer.step, 1))
     tokenizer.revive_codes(dead_V, all_sum(whole)[:REVIVAL_IMAGES])
-    if dist.is_initialized():                               # lest different GPUs round differently
+    if dist.is_initialized():                               # different GPUs can round differently
         dist.broadcast(tokenizer.codebook.weight.data, 0)
 
 
 @torch.no_grad()
 def validate_tokenizer(trainer: 'Trainer', tokenizer: VQVAE) -> dict[str, float]:
-    """PSNR (dB) of held-out images; codes in use (%) and their perplexity, which is the number of equally
-    frequent codes that would be as varied, in all and scale by scale."""
+    """PSNR (dB) of held-out images; codes in use (%) and their perplexity (the number of equally frequent
+    codes with the same entropy), overall and per scale."""
     V, lengths, data = tokenizer.config.vocab_size, trainer.lengths, trainer.data
     error, hits_KV = torch.zeros(1, device=data.device), torch.zeros(len(lengths), V, device=data.device)
     for images, _ in data.val_batches(trainer.val_batch_size):
@@ -239,7 +239,7 @@ def validate_tokenizer(trainer: 'Trainer', tokenizer: VQVAE) -> dict[str, float]
 
 
 def save_reconstructions(trainer: 'Trainer', tokenizer: VQVAE):
-    """reconstructions.png: rows of held-out images, each over a row of what the tokenizer makes of them."""
+    """reconstructions.png: rows of held-out images, each above a row of their reconstructions."""
     images, _ = next(trainer.data.val_batches(2 * max(4, 256 // tokenizer.config.image_size)))
     columns = max(1, len(images) // 2)
     with autocast(trainer.device, trainer.args.dtype):
@@ -250,7 +250,7 @@ def save_reconstructions(trainer: 'Trainer', tokenizer: VQVAE):
 
 # --------------------------------------------------------------------------------- stage 2, the transformer
 def train_transformer(trainer: 'Trainer', var: VAR, tokenizer: VQVAE):
-    """Minimises `transformer_loss`; var.pt holds the weights of the lowest held-out loss so far."""
+    """Minimises `transformer_loss`; var.pt holds the weights with the lowest held-out loss so far."""
     args, data, best = trainer.args, trainer.data, trainer.out / 'var.pt'
     defaults = {name: getattr(args, name) for name in SAMPLING}
     trainer.begin()
@@ -291,7 +291,7 @@ def transformer_loss(network, tokenizer: VQVAE, batch: Tensor, labels: Tensor,
 
 @torch.no_grad()
 def validate_transformer(trainer: 'Trainer', var: VAR, tokenizer: VQVAE) -> dict[str, float]:
-    """Loss and accuracy on held-out images, each with its own label, in all and scale by scale."""
+    """Loss and accuracy on held-out images, without label dropout, overall and per scale."""
     N, sums_2L = trainer.data.val_count, torch.zeros(2, sum(trainer.lengths), device=trainer.device)
     for batch, labels in trainer.data.val_batches(trainer.val_batch_size):
         with autocast(trainer.device, trainer.args.dtype):
@@ -303,7 +303,7 @@ def validate_transformer(trainer: 'Trainer', var: VAR, tokenizer: VQVAE) -> dict
 
 
 def save_samples(trainer: 'Trainer', tokenizer: VQVAE, var: VAR, defaults: dict):
-    """samples.png: a column a class, ten classes at most, at the sampling defaults."""
+    """samples.png: one column per class, at most ten classes, with the default sampling settings."""
     columns, rows = min(10, var.config.num_classes), 8 if tokenizer.config.image_size <= 64 else 2
     labels = [i * var.config.num_classes // columns for i in range(columns)] * rows
     size, dtype = min(16, trainer.val_batch_size), trainer.args.dtype
@@ -314,13 +314,13 @@ def save_samples(trainer: 'Trainer', tokenizer: VQVAE, var: VAR, defaults: dict)
 
 # -------------------------------------------------------------------------------------------------- trainer
 class Trainer:
-    """What the two loops share: networks and their optimizers, schedule, micro-batches, log, saves and stops.
+    """What both training loops share: networks, optimizers, schedule, micro-batches, log, checkpoints, stops.
 
-    networks: modules as a training pass calls them. sums, counts: of each metric since the last line of the
-    log; sums stay on the device, so that no step waits for a GPU. used_V: codes used since the last check
-    (stage 1). lowest_loss: the lowest held-out loss (stage 2).
+    networks: the modules, wrapped for training by `parallel`. sums, counts: of each metric since the last log
+    line; sums stay on the device, so that no step waits for the GPU. used_V: codes used since the last check
+    (stage 1). lowest_loss: the lowest held-out loss so far (stage 2).
     """
-    SAVED = 'step seconds budget sums counts lines used_V lowest_loss'.split()      # in last.pt, as they are
+    SAVED = 'step seconds budget sums counts lines used_V lowest_loss'.split()      # stored in last.pt as is
 
     def __init__(self, name: str, model: VQVAE | VAR, args: argparse.Namespace, data: 'Data', saved: dict,
                  replaced: list[Path], signals: list[int], began: float):
@@ -338,14 +338,14 @@ class Trainer:
         self.budget = 60 * share * (args.budget_minutes or 0)                   # seconds
         self.lengths = [side * side for side in model.config.scales]
         self.scales = [f'_{side}x{side}' for side in model.config.scales]
-        self.step, self.seconds, self.started = 0, 0.0, None                    # trained, over all resumes
+        self.step, self.seconds, self.started = 0, 0.0, None                    # totals over all sessions
         self.modules, self.networks, self.optimizers = {}, {}, {}
         self.sums, self.counts, self.lines, self.complaint = {}, {}, [], None
         self.used_V, self.lowest_loss = None, math.inf
         self.add(name, model, (0.9, 0.95), args.weight_decay)
 
     def add(self, name: str, module: torch.nn.Module, betas: tuple[float, float], weight_decay: float):
-        """A network to train by AdamW; with --var-optimizer muon, the matrices of the blocks by Muon."""
+        """Adds a network, trained by AdamW; with --var-optimizer muon, the matrices of its blocks by Muon."""
         matrices = []
         if name == 'var' and self.args.var_optimizer == 'muon':
             matrices = [w for block in module.blocks for w in block.parameters() if w.ndim == 2]
@@ -357,7 +357,7 @@ class Trainer:
 
     @property
     def progress(self) -> float:
-        """The fraction of the schedule that is done: of --budget-minutes, or of the steps, 1 in the last."""
+        """Completed fraction of the schedule: of --budget-minutes, or of the steps (1 in the last step)."""
         done = self.seconds / self.budget if self.budget else self.step / max(1, self.total_steps - 1)
         return min(1.0, done)
 
@@ -366,7 +366,7 @@ class Trainer:
         return self.seconds >= self.budget if self.budget else self.step >= self.total_steps
 
     def begin(self):
-        """Goes on from a save of this stage, or makes the first one: from here on, the run can be killed."""
+        """Resumes from this stage's checkpoint, or writes the first; from then on, the run can be killed."""
         if self.saved.get('stage') == self.name:
             for name, module in self.modules.items():
                 module.load_state_dict(self.saved['weights'][name])
@@ -375,10 +375,10 @@ class Trainer:
             for name in self.SAVED:
                 setattr(self, name, self.saved[name])
             self.sums = {name: total.to(self.device) for name, total in self.sums.items()}
-            self.saved.clear()                              # it is as large as models and optimizers together
+            self.saved.clear()                              # as large as models and optimizers together
         else:
             self.save()
-            while self.replaced:                            # the run that --overwrite replaces
+            while self.replaced:                            # files of the run that --overwrite replaces
                 self.replaced.pop().unlink(missing_ok=True)
         size = sum(parameter.numel() for parameter in self.modules[self.name].parameters()) / 1e6
         count, images = self.data.count, self.total_steps * self.batch_size
@@ -387,7 +387,7 @@ class Trainer:
         say(f'{self.name}: {size:.2f}M parameters, {aim}, from step {self.step}')
 
     def steps(self):
-        """The loop around a step: before it the schedule, after it saves and stops."""
+        """Yields each step; sets the schedule before it, and saves or stops after it if due."""
         self.started, self.images, self.busy = None, 0, 0.0             # of this session
         with tqdm(desc=self.name, initial=self.step, total=self.total_steps, disable=rank() > 0) as self.bar:
             while not self.is_over:
@@ -400,13 +400,13 @@ class Trainer:
                     self.stop()
 
     def stop(self):
-        say(f'stopped at step {self.step} of {self.total_steps} of {self.name}, all saved; the same command '
-            'with --resume goes on')
-        wait_for_all()                      # else torchrun could end rank 0 before it has saved
+        say(f'stopped at step {self.step} of {self.total_steps} ({self.name}) and saved; to continue, repeat '
+            'the command with --resume')
+        wait_for_all()                      # else torchrun could kill rank 0 before it has saved
         raise SystemExit(128 + self.signal if self.signal else 0)
 
     def set_schedule(self):
-        """The learning rate; and weight decay, half a cosine, for the largest released models."""
+        """Sets the learning rate and, for the largest released models, a half-cosine weight decay."""
         self.lr = self.peak_lr * learning_rate(self.progress, self.last_lr)
         first, last = self.args.weight_decay, self.args.last_weight_decay
         for group in [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]:
@@ -415,7 +415,7 @@ class Trainer:
                 group['weight_decay'] = last + (first - last) * (1 + math.cos(math.pi * self.progress)) / 2
 
     def micro_batches(self, *batch: Tensor):
-        """Cuts this process's share of a batch; after the last part, processes exchange their gradients."""
+        """Splits this process's share of a batch; gradients are synchronised in the last micro-batch."""
         size = self.micro_batch_size or len(batch[0])
         parts = list(zip(*(tensor.split(size) for tensor in batch)))
         for i, part in enumerate(parts):
@@ -438,14 +438,14 @@ class Trainer:
     def update_weights(self):
         for name, optimizer in self.optimizers.items():
             learning = [w for group in optimizer.param_groups for w in group['params'] if w.grad is not None]
-            if learning:                            # a discriminator doesn't before its start
+            if learning:                            # a discriminator has no gradients before its start
                 norm = torch.nn.utils.clip_grad_norm_(learning, 2.0)
                 self.add_metrics({f'{name}_gradient': norm}, 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
 
     def end_step(self):
-        """Updates the weights; decides whether to log, save or stop; writes a line of the log."""
+        """Updates the weights; decides whether to log, save or stop; writes the log line."""
         self.update_weights()
         self.step, self.images = self.step + 1, self.images + self.batch_size
         self.sync_clock_and_signals()
@@ -453,7 +453,7 @@ class Trainer:
         is_time_to_log = self.is_over or self.step % self.args.log_every_steps == 0
         if is_time_to_log or self.is_time_to_save or self.is_asked_to_stop:
             row = self.to_floats({name: all_sum(total).div_(world_size()) / self.counts[name]
-                                  for name, total in self.sums.items()})       # in place: rank 0 saves means
+                                  for name, total in self.sums.items()})    # in place: mean over processes
         self.busy += time.monotonic() - self.step_began
         if is_time_to_log:
             speed = self.images / self.busy
@@ -466,8 +466,8 @@ class Trainer:
         self.bar.update()
 
     def sync_clock_and_signals(self):
-        """Agrees with all processes on the time trained (without a session's first step, which starts workers
-        and kernels), on a signal that any of them got, and on whether to stop, for that or by the clock."""
+        """Synchronises the time trained (without a session's first step, which starts workers and kernels), a
+        signal that any process received, and whether to stop because of it or of the clock."""
         now = time.monotonic()
         self.started = now - self.seconds if self.started is None else self.started
         is_late = now - self.began >= 60 * (self.args.stop_after_minutes or math.inf)
@@ -478,19 +478,19 @@ class Trainer:
         self.is_asked_to_stop = bool(found[1:].any())
 
     def to_floats(self, metrics: dict[str, Tensor]) -> dict[str, float]:
-        """The mean of each metric; of those with a value for each token, also scale by scale. Raises an error
-        where one isn't finite: nothing is saved after that."""
+        """The mean of each metric and, for those with one value per token, also per scale. Raises an error
+        if one is not finite, so that nothing is saved after that."""
         row = {name: values.mean().item() for name, values in metrics.items()}
         for name, values_L in metrics.items():
             parts = values_L.split(self.lengths) if values_L.numel() > 1 else ()
             row |= {name + scale: part.mean().item() for scale, part in zip(self.scales, parts)}
         for name, value in row.items():
             check(math.isfinite(value), f'{self.name}: {name} is {value} at step {self.step} or just before; '
-                  f'the last save stands; --resume with a lower --{self.name}-lr, or --dtype float32')
+                  f'last.pt is intact; --resume with a lower --{self.name}-lr, or with --dtype float32')
         return row
 
     def log(self, split: str, row: dict[str, float]):
-        """One more line; and the CSV, which is written from all lines, whole or not at all."""
+        """Adds a line and rewrites the CSV from all lines, atomically."""
         self.lines.append(dict(step=self.step, split=split) | {name: f'{row[name]:.7g}' for name in row})
         if rank() == 0:
             self.try_to_write(save_csv, self.out / f'{self.name}.csv', self.lines)
@@ -499,16 +499,16 @@ class Trainer:
             say(f'{self.name} step {self.step}, held-out: {found}')
 
     def try_to_write(self, write, *what):
-        """A log or a picture. A run goes on without it if it can't be written, which is said once."""
+        """Writes a log or an image. If that fails, training continues, and the error is printed once."""
         try:
             write(*what)
         except UserError as error:
             if str(error) != self.complaint:
-                say(f'note: {error}; training goes on, and tries again next time')
+                say(f'note: {error}; training continues and will try again next time')
             self.complaint = str(error)
 
     def save(self):
-        """last.pt: all that it takes to go on."""
+        """Writes last.pt, which has everything needed to resume."""
         if rank() == 0:
             settings = {name: value for name, value in vars(self.args).items() if name not in NOT_SAVED}
             weights = {name: module.state_dict() for name, module in self.modules.items()}
@@ -519,14 +519,14 @@ class Trainer:
 
 
 def learning_rate(done: float, last: float) -> float:
-    """Released schedule, over the peak: up from 0.005 for 1/50, flat for 5% of the rest, down to `last`."""
+    """Released schedule (1 = peak): warm-up from 0.005 for 1/50, flat for 5% of the rest, decay to `last`."""
     if done < 1 / 50:
         return 0.005 + 0.995 * done * 50
     return 1 - (1 - last) * max(0.0, (done - 1 / 50) / (1 - 1 / 50) - 0.05) / 0.95
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float, exclude=()) -> list[dict]:
-    """All parameters but `exclude`. No weight decay on one-dimensional tensors, positions, scales, gates."""
+    """All parameters except `exclude`. No weight decay on 1-D tensors and the names below."""
     groups, excluded = ([], []), {id(weight) for weight in exclude}
     for name, parameter in model.named_parameters():
         no_decay = re.search('position|scale_embedding|adaln_table|log_scale', name) or parameter.ndim <= 1
@@ -536,7 +536,7 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float, exclude=()) ->
 
 
 def parallel(module: torch.nn.Module) -> torch.nn.Module:
-    """The module as training calls it: gradients become averages over all processes."""
+    """Wraps a module for training: gradients are averaged over all processes."""
     return DistributedDataParallel(module, gradient_as_bucket_view=True) if dist.is_initialized() else module
 
 
@@ -545,12 +545,12 @@ def unwrapped(network: torch.nn.Module) -> torch.nn.Module:
 
 
 def share_of(batch: Tensor) -> Tensor:
-    """This process's part."""
+    """This process's share of a batch."""
     return batch.chunk(world_size())[rank()]
 
 
 def all_sum(tensor: Tensor) -> Tensor:
-    """The sum over all processes, in place, the same to the bit in each."""
+    """Sums over all processes, in place; the result is bit-identical in each."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
@@ -563,24 +563,24 @@ def say(text: str):
 
 
 def seed_of(*numbers: int) -> int:
-    """One seed from several numbers: different for different ones, whatever their size."""
+    """One seed from several numbers of any size; different numbers give different seeds."""
     return int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def noise_of(batch_size: int, columns: int, device: torch.device, *seeds: int) -> Tensor:
-    """This process's share of uniform numbers in [0, 1), (batch_size, columns), that the seeds decide."""
+    """This process's share of (batch_size, columns) uniform numbers in [0, 1), determined by the seeds."""
     generator = torch.Generator().manual_seed(seed_of(*seeds))
     return to_device(share_of(torch.rand(batch_size, columns, generator=generator)), device)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """What was made on the CPU; a GPU is not kept waiting for it."""
+    """Moves a CPU tensor to the device; on CUDA, the copy is asynchronous."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == 'cuda' else tensor.to(device)
 
 
 # ----------------------------------------------------------------------------------------------------- data
 def outlines() -> dict[str, list]:
-    """Each figure as polygons in [-1, 1], y down: the first is filled with ink, a second is a hole in it."""
+    """Each shape as polygons in [-1, 1], y down: the first is filled, a second one is a hole in it."""
     t = np.linspace(0, 2 * np.pi, 48, endpoint=False)
     disc = np.stack([np.cos(t), np.sin(t)], 1)
     heart_y = 5 * np.cos(2 * t) - 13 * np.cos(t) + 2 * np.cos(3 * t) + np.cos(4 * t)
@@ -602,12 +602,12 @@ FIGURES = tuple(outlines())
 
 
 def draw_shapes(count: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
-    """Draws ten kinds of figures in turn: uint8 (count, 3, size, size) and int64 labels (count,).
+    """Draws the ten shapes in turn: uint8 (count, 3, size, size) and int64 labels (count,).
 
-    One bright figure on a dark ground, antialiased, of varied colours, sizes, places and turns (up to 15
-    degrees). The same count, seed and size give the same images.
+    Each image has one bright shape on a dark background, antialiased, with random colours, size, position and
+    rotation (up to 15 degrees). The same count, seed and size give the same images.
     """
-    def colour(saturation: tuple, value: tuple) -> np.ndarray:          # of any hue, RGB in [0, 255]
+    def colour(saturation: tuple, value: tuple) -> np.ndarray:          # random hue, RGB in [0, 255]
         hsv = random.uniform(), random.uniform(*saturation), random.uniform(*value)
         return 255 * np.array(colorsys.hsv_to_rgb(*hsv))
 
@@ -629,7 +629,7 @@ def draw_shapes(count: int, seed: int, size: int = 32) -> tuple[Tensor, Tensor]:
 
 CIFAR10_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
 CIFAR10_SHA256 = 'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd'
-CIFAR10_FILES = [*(f'data_batch_{i}.bin' for i in range(1, 6)), 'test_batch.bin']     # of 10,000 images each
+CIFAR10_FILES = [*(f'data_batch_{i}.bin' for i in range(1, 6)), 'test_batch.bin']     # 10,000 images each
 CIFAR10_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
 
 
@@ -638,13 +638,13 @@ def download_cifar10(folder: Path, url: str = CIFAR10_URL, sha256: str = CIFAR10
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         try:
-            socket.setdefaulttimeout(60)                    # seconds without a byte
+            socket.setdefaulttimeout(60)                    # seconds without data
             torch.hub.download_url_to_file(url, f'{scratch}/archive.tar.gz', sha256)
             shutil.unpack_archive(f'{scratch}/archive.tar.gz', scratch, filter='data')
             Path(scratch, 'cifar-10-batches-bin').replace(folder / 'cifar-10-batches-bin')
-        except Exception as error:                          # a download fails in many ways
+        except Exception as error:                          # a download can fail in many ways
             raise UserError(f'{url}: {one_line(error)}; try again, or download CIFAR-10 (binary version) '
-                            'yourself and name its folder with --data-dir') from None
+                            'yourself and pass its folder as --data-dir') from None
 
 
 def read_cifar10(data_dir: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -657,7 +657,7 @@ def read_cifar10(data_dir: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         folder = folder / 'cifar-10-batches-bin'
     for path in [folder / name for name in CIFAR10_FILES]:
         size = path.stat().st_size if path.is_file() else 0
-        check(size == 30_730_000, f'{path}: {size} bytes, not 30730000; needs CIFAR-10, binary version')
+        check(size == 30_730_000, f'{path}: {size} of 30730000 bytes; needs binary CIFAR-10 or train/<class>')
         records.append(torch.from_numpy(np.fromfile(path, np.uint8)).view(10_000, 1 + 3 * 32 * 32))
     labels, images = torch.cat(records).split([1, 3 * 32 * 32], dim=1)
     images, labels = images.reshape(-1, 3, 32, 32).contiguous(), labels.flatten().long()
@@ -665,15 +665,15 @@ def read_cifar10(data_dir: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 class Data:
-    """Images and labels, `count` to train on and after them `val_count` held-out ones. fingerprint: a number
-    that tells data sets apart, on all machines alike."""
+    """Images and labels: `count` for training, followed by `val_count` held-out ones. fingerprint: a number
+    that identifies the data set, the same on all machines."""
 
     def __init__(self, args: argparse.Namespace, count: int, val_count: int, device: torch.device):
         self.args, self.count, self.val_count, self.device, self.epoch = args, count, val_count, device, -1
 
     def indices_and_noise(self, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
-        """This process's share of a batch, which (seed, step) decides: indices of images (b,), and noise_b3
-        for `augment`."""
+        """This process's share of a batch, determined by (seed, step): image indices (b,), and noise_b3 for
+        `augment`."""
         epoch, place = divmod(step, self.count // batch_size)
         if epoch != self.epoch:
             generator = torch.Generator().manual_seed(seed_of(self.args.seed, epoch))
@@ -687,13 +687,13 @@ class Data:
         return self.load(*self.indices_and_noise(step, batch_size))
 
     def val_batches(self, size: int):
-        """This process's held-out images and labels, at most `size` at once."""
+        """This process's held-out images and labels, in batches of at most `size`."""
         mine = torch.arange(self.count, self.count + self.val_count)[rank()::world_size()]
         return (self.load(indices) for indices in mine.split(size) if len(indices))
 
 
 class ArrayData(Data):
-    """Drawn shapes or CIFAR-10, whole on the training device: uint8 or, once they were encoded, tokens."""
+    """Drawn shapes or CIFAR-10, entirely on the training device: uint8 or, once encoded, tokens."""
 
     def __init__(self, args: argparse.Namespace, image_size: int, device: torch.device):
         if args.preset == 'shapes':
@@ -701,7 +701,7 @@ class ArrayData(Data):
                       *draw_shapes(args.val_count, args.seed + 2 ** 31, image_size))
             self.class_names = list(FIGURES)
         else:
-            check(image_size == 32, f'--image-size {image_size}: CIFAR-10 has images of 32')
+            check(image_size == 32, f'--image-size {image_size}: CIFAR-10 images are 32x32')
             arrays, self.class_names = read_cifar10(args.data_dir), CIFAR10_CLASSES
         train, val = slice(args.train_count), slice(args.val_count)
         images, val_images = arrays[0][train], arrays[2][val]
@@ -722,8 +722,8 @@ class ArrayData(Data):
 
     @torch.no_grad()
     def encode(self, tokenizer: VQVAE):
-        """From now on, batches are tokens (b, L): of each image as it is and, with --flip, mirrored, kept as
-        int16. (There are no crops.) The processes share the work."""
+        """Encodes each image and, with --flip, its mirror image; from then on, batches are tokens (b, L).
+        Tokens are stored as int16. Requires --crop 0. The processes share the work."""
         self.tokens = []
         for images in [self.images, self.images.flip(-1)][:1 + self.args.flip]:
             tokens_NL = torch.zeros(len(images), sum(tokenizer.scale_lengths), device=self.device)
@@ -735,8 +735,8 @@ class ArrayData(Data):
 
 
 def augment(images_B3HW: Tensor, noise_B3: Tensor, flip: bool, crop: int) -> Tensor:
-    """Mirrors half of the images, and shifts each by up to `crop` pixels, its edge continued. Of noise_B3,
-    uniform in [0, 1), two numbers decide on the shifts, down and right, and one whether to mirror."""
+    """Mirrors half of the images and shifts each by up to `crop` pixels, repeating its edge pixels. noise_B3,
+    uniform in [0, 1), determines the vertical shift, the horizontal shift and the mirroring."""
     if not (flip or crop):
         return images_B3HW
     B, _, H, W = images_B3HW.shape
@@ -755,10 +755,10 @@ IMAGE_ENDINGS = ('.jpg .jpeg .jpe .jfif .png .apng .webp .avif .gif .bmp .dib .p
 
 
 def find_images(folder: Path) -> list[tuple[str, str]]:
-    """(class/.../name, path) of the images in folder/<class>/, however deep. The names, which decide on their
-    order, are the same on all machines. No folder is read twice; folders of runs are skipped."""
+    """(class/.../name, path) of the images in folder/<class>/, at any depth, sorted by name. Names are the
+    same on all machines. No folder is read twice; folders that hold a run are skipped."""
     found, left_out, seen = [], Counter(), set()
-    endings = tuple(Image.registered_extensions().keys() & IMAGE_ENDINGS)   # not every Pillow reads them all
+    endings = tuple(Image.registered_extensions().keys() & IMAGE_ENDINGS)   # Pillow builds vary in support
     for place, folders, files in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
         if real in seen or seen and {'last.pt', 'vqvae.pt', 'var.pt'} & {*files}:
@@ -769,32 +769,32 @@ def find_images(folder: Path) -> list[tuple[str, str]]:
         for path in [os.path.join(place, name) for name in files if name[0] != '.']:
             name = path[len(os.path.join(folder, '')):].replace(os.sep, '/')
             if '/' in name and name.lower().endswith(endings):
-                found.append((unicodedata.normalize('NFC', name), path))    # Macs write é as two letters
+                found.append((unicodedata.normalize('NFC', name), path))    # macOS decomposes é (NFD)
             else:
                 kind = Path(name).suffix.lower() or 'other'
-                left_out[kind if '/' in name else 'outside of class folders'] += 1
+                left_out[kind if '/' in name else 'outside class folders'] += 1
     if left_out:
-        say(f'left out of {folder}: ' + ', '.join(f'{n} {what}' for what, n in left_out.most_common(9)))
+        say(f'skipped in {folder}: ' + ', '.join(f'{n} {what}' for what, n in left_out.most_common(9)))
     return sorted(found)
 
 
 class FolderData(Data):
-    """Images in train/<class>/ and val/<class>/, or in <class>/ alone. Threads read ahead (Pillow releases
-    the GIL)."""
+    """Images in train/<class>/ and val/<class>/, or in <class>/ only. Threads prefetch batches (Pillow
+    releases the GIL)."""
 
     def __init__(self, args: argparse.Namespace, image_size: int, device: torch.device):
         folder, random = Path(args.data_dir), np.random.default_rng(args.seed)
         place = folder / 'train' if (folder / 'train').is_dir() else folder
         train, val = find_images(place), find_images(folder / 'val') if place != folder else []
-        check(train, f'--data-dir {folder}: no images in {place}/<class>/; wanted are train/<class>/*.jpg '
-              'and perhaps val/<class>/*.jpg, or <class>/*.jpg')
+        check(train, f'--data-dir {folder}: no images in {place}/<class>/; expected train/<class>/*.jpg '
+              'and optionally val/<class>/*.jpg, or <class>/*.jpg')
         train, val = ([images[i] for i in random.permutation(len(images))] for images in (train, val))
         if not val:
-            kept = {*{name.split('/')[0]: (name, path) for name, path in train}.values()}   # one a class
+            kept = {*{name.split('/')[0]: (name, path) for name, path in train}.values()}   # one per class
             count = max(1, min(args.val_count, len(train) // 10))
             val = [image for image in train if image not in kept][:count]
             check(val, f'--data-dir {folder}: no val/<class>/, and no class has a second image to hold out')
-            say(f'no val/<class>/: {len(val)} of {len(train)} images are held out, by --seed')
+            say(f'no val/<class>/: {len(val)} of {len(train)} images are held out, chosen by --seed')
             held_out = {*val}
             train = [image for image in train if image not in held_out]
         self.class_names = sorted({name.split('/')[0] for name, _ in train + val})
@@ -807,8 +807,8 @@ class FolderData(Data):
         super().__init__(args, len(train), len(val), device)
 
     def read(self, number: int, noise: list[float] | None = None) -> tuple[np.ndarray, int]:
-        """An image, uint8 (S, S, 3), and its label. As in the released code its shorter side becomes 1.125 S;
-        noise chooses a square of it, None the centre. For a broken image, the next one stands in."""
+        """An image, uint8 (S, S, 3), and its label. As released, its shorter side becomes 1.125 S;
+        noise selects the crop (None: the centre). A broken image is replaced by the next one."""
         S, shorter = self.size, round(1.125 * self.size)
         first, last = (0, self.count) if number < self.count else (self.count, len(self.images))
         for name, path in (self.images[i] for i in chain(range(number, last), range(first, number))):
@@ -819,8 +819,8 @@ class FolderData(Data):
             except UserError as error:
                 if path not in self.broken:
                     self.broken.add(path)
-                    tqdm.write(f'broken, left out ({len(self.broken)} so far): {error}')
-        raise UserError(f'--data-dir {self.args.data_dir}: all {last - first} images to read are broken')
+                    tqdm.write(f'skipped broken image ({len(self.broken)} so far): {error}')
+        raise UserError(f'--data-dir {self.args.data_dir}: all {last - first} images of the split are broken')
 
     def stack(self, read) -> tuple[Tensor, Tensor]:
         images, labels = zip(*read)
@@ -841,65 +841,65 @@ class FolderData(Data):
 
 
 def load_data(args: argparse.Namespace, image_size: int, device: torch.device) -> Data:
-    """The images that the preset and --data-dir stand for, the same in all processes."""
+    """The data selected by --preset and --data-dir, the same in all processes."""
     in_folders = args.data_dir and (args.preset[:5] != 'cifar' or Path(args.data_dir, 'train').is_dir())
-    check(in_folders or args.preset[:8] != 'imagenet', f'--preset {args.preset}: needs a --data-dir')
+    check(in_folders or args.preset[:8] != 'imagenet', f'--preset {args.preset}: needs --data-dir')
     return (FolderData if in_folders else ArrayData)(args, image_size, device)
 
 
 # -------------------------------------------------------------------------------------- the folder of a run
-NOT_SAVED = {'out', 'resume', 'overwrite', 'stop_after_minutes', 'given'}       # of the settings
+NOT_SAVED = {'out', 'resume', 'overwrite', 'stop_after_minutes', 'given'}       # settings not in last.pt
 MAY_CHANGE = {'data_dir', 'device', 'dtype', 'workers', 'compile', 'cache_tokens', 'micro_batch_size',
-              'log_every_steps', 'save_every_steps', 'vqvae_lr', 'var_lr'}      # beside --resume
+              'log_every_steps', 'save_every_steps', 'vqvae_lr', 'var_lr'}      # with --resume
 
 
 def save_csv(path: Path, rows: list[dict]):
-    """A column for each name that any row has."""
+    """Writes a CSV with a column for each name in any row."""
     names = dict.fromkeys(name for row in rows for name in row)
     lines = [names, *([str(row.get(name, '')) for name in names] for row in rows)]
     save_file(path, lambda file: file.write(''.join(','.join(line) + '\n' for line in lines).encode()))
 
 
 def read_save(out: Path, mmap: bool = False) -> dict:
-    """What last.pt holds, {} where there is none. Raises UserError if it is no save of train.py's."""
+    """The content of last.pt, {} if there is none. Raises UserError if it is not a checkpoint of train.py."""
     try:
         with open_checkpoint(out / 'last.pt', 'resume', mmap=mmap) as saved:
             return saved
     except FileNotFoundError:
         return {}
     except UserError as error:
-        raise UserError(f'{error}; it stays as it is: remove it, or choose another --out') from None
+        raise UserError(f'{error}; the file is left unchanged: remove it, or choose another --out') from None
 
 
 def claim_folder(args: argparse.Namespace, stages: list[str]) -> list[Path]:
-    """Refuses a folder that holds a run; returns which of its files --overwrite removes. A run that made no
-    step doesn't count: it may have found too little memory."""
+    """Refuses a folder that holds a run; returns the files that --overwrite removes. A run without completed
+    steps doesn't count: it may have run out of memory."""
     out, last = Path(args.out), read_save(Path(args.out), mmap=True)
     models = [out / f'{stage}.pt' for stage in stages]
     kept = [path for path in out.glob('var-*.pt') if 'var' in stages and path.stem[4:].isdecimal()]
     is_run = any(map(Path.exists, models)) or last.get('unfinished') and last['step'] > 0
-    check(args.overwrite or not is_run, f'--out {out}: holds a run; go on with --resume, or replace it by '
-          '--overwrite, or choose another --out')
+    check(args.overwrite or not is_run, f'--out {out}: holds a run; continue it with --resume, replace it '
+          'with --overwrite, or choose another --out')
     return models + kept if args.overwrite else []
 
 
 def lock(file):
-    """Keeps a second run out of a folder, where the system has locks: this one ends with the process."""
+    """Locks a folder against a second run, if the system has locks. The lock ends with the process."""
     try:
         import fcntl
         if rank() == 0:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f'{file.name}: another run is at work there; choose another --out') from None
+        raise UserError(f'{file.name}: another run is using this folder; choose another --out') from None
     except (ImportError, OSError):
         pass
 
 
 @contextmanager
 def signals_noted():
-    """Ctrl-C, SIGTERM and SIGHUP (of a terminal that closes) are put on a list, for the loop to end its step
-    and save. A second Ctrl-C acts; what nohup ignores stays ignored. To a terminal that has closed nothing
-    is printed, since that would fail before the save."""
+    """Records Ctrl-C, SIGTERM and SIGHUP (terminal closed) in a list, so that the loop finishes its step and
+    saves. A second Ctrl-C interrupts immediately. Signals ignored under nohup stay ignored. After SIGHUP,
+    output to the terminal is discarded: printing to a closed one would fail before the save."""
     def note(number, frame):
         noted.append(number)
         if number == signal.SIGINT:
@@ -908,7 +908,7 @@ def signals_noted():
             for stream in terminals:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
-    stops = {signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM)}      # Windows has two
+    stops = {signal.SIGINT, signal.SIGTERM, getattr(signal, 'SIGHUP', signal.SIGTERM)}  # no SIGHUP on Windows
     stops = [number for number in stops if signal.getsignal(number) != signal.SIG_IGN]
     noted, terminals = [], [stream for stream in (1, 2) if os.isatty(stream)]
     before = [signal.signal(number, note) for number in stops]
@@ -921,53 +921,53 @@ def signals_noted():
 # ---------------------------------------------------------------------------------------------- command line
 POSITIVE = number(float, 'above 0', lambda x: 0 < x < math.inf)
 PART = number(float, 'in (0, 1)', lambda x: 0 < x < 1)
-FLAGS = [                               # name, type, default, help; the fields of the configs follow
-    ('preset', list(PRESETS), 'shapes', 'the data, and a value for every flag below'),
-    ('data_dir', expanduser, None, 'CIFAR-10, or images in train/<class>/ and perhaps val/<class>/'),
-    ('out', expanduser, None, 'folder of the run; absent: out/<preset>'),
-    ('resume', bool, False, 'go on from the last save in --out'),
+FLAGS = [                               # name, type, default, help; config fields are added below
+    ('preset', list(PRESETS), 'shapes', 'data set and defaults (of ImageNet: some by --depth)'),
+    ('data_dir', expanduser, None, 'CIFAR-10, or images in train/<class>/ and optionally val/<class>/'),
+    ('out', expanduser, None, 'folder of the run; None: out/<preset>'),
+    ('resume', bool, False, 'resume from the last checkpoint in --out'),
     ('overwrite', bool, False, 'replace the run in --out'),
-    ('device', str, 'auto', 'auto (a GPU where there is one), cpu, cuda, ...'),
-    ('dtype', DTYPES, 'auto', 'of autocast; auto: bfloat16 on a GPU that has it'),
-    ('seed', ANY_COUNT, 0, 'all that is random follows from it'),
-    ('train_count', COUNT, None, 'images to train on; absent: all (of drawn shapes 12,000)'),
-    ('val_count', COUNT, 1000, 'held-out images that are looked at in a validation, at most'),
-    ('flip', bool, False, 'mirror half of the training images'),
-    ('crop', ANY_COUNT, 0, 'shift drawn shapes and CIFAR-10 by up to so many pixels'),
-    ('cache_tokens', bool, True, 'encode drawn shapes and CIFAR-10 once for stage 2, unless cropped'),
-    ('workers', ANY_COUNT, None, 'threads that read images, for each GPU; absent: by its cores'),
+    ('device', str, 'auto', 'auto (a GPU if available), cpu, cuda, ...'),
+    ('dtype', DTYPES, 'auto', 'autocast dtype; auto: bfloat16 on a GPU that supports it'),
+    ('seed', ANY_COUNT, 0, 'determines all randomness'),
+    ('train_count', COUNT, None, 'number of training images; None: all (12,000 drawn shapes)'),
+    ('val_count', COUNT, 1000, 'maximum number of held-out images used in validation'),
+    ('flip', bool, False, 'mirror each training image half of the time'),
+    ('crop', ANY_COUNT, 0, 'shift drawn shapes and CIFAR-10 by up to this many pixels'),
+    ('cache_tokens', bool, True, 'encode drawn shapes and CIFAR-10 once for stage 2, unless --crop > 0'),
+    ('workers', ANY_COUNT, None, 'image-reading threads per GPU; None: based on the number of cores'),
     ('stage', ['vqvae', 'var', 'both'], 'both', 'what to train'),
-    ('tokenizer', expanduser, None, 'vqvae.pt or var.pt for --stage var; absent: vqvae.pt in --out'),
-    ('vqvae_steps', COUNT, 10_000, 'of stage 1'),
-    ('var_steps', COUNT, 10_000, 'of stage 2'),
-    ('budget_minutes', POSITIVE, None, 'fit the whole schedule into so much training, over all resumes'),
-    ('budget_vqvae', PART, 0.3, 'share of --budget-minutes for stage 1, where both are trained'),
-    ('stop_after_minutes', POSITIVE, None, 'save and exit then, to go on by --resume'),
-    ('batch_size', COUNT, 64, 'images a step over all GPUs'),
-    ('vqvae_batch_size', COUNT, None, 'the same of stage 1; absent: --batch-size'),
-    ('micro_batch_size', COUNT, None, 'images a GPU takes at once, at most; absent: all its share'),
-    ('vqvae_lr', POSITIVE, 4e-3, 'peak learning rate of stage 1 per 256 images of batch'),
-    ('var_lr', POSITIVE, 4e-3, 'peak learning rate of stage 2 per 256 images of batch'),
-    ('var_optimizer', ['adamw', 'muon'], 'adamw', "of stage 2; muon: of its blocks' matrices"),
-    ('weight_decay', STRENGTH, 0.05, 'of both stages'),
-    ('compile', bool, False, 'compile the blocks of the transformer, by torch.compile'),
-    ('revive_every_steps', COUNT, 20, 'how often dead codes are looked for, in the first three quarters'),
-    ('perceptual_weight', STRENGTH, 0.0, 'of the perceptual term'),
-    ('perceptual', ['classifier', 'lpips'], 'classifier', 'a small classifier, trained first; or LPIPS'),
-    ('classifier_steps', COUNT, 1560, 'how long that classifier is trained'),
-    ('adversarial_weight', STRENGTH, 0.0, "of the adversarial term; 0: no discriminator"),
-    ('discriminator_start', ANY_COUNT, 0, 'the step at which the discriminator joins'),
-    ('log_every_steps', COUNT, 50, 'a line of the log'),
-    ('save_every_steps', COUNT, 500, 'validate, draw images and save; also done at the end'),
-    ('keep_models', bool, False, 'keep what stage 2 saves, each as var-STEP.pt beside var.pt'),
-    ('cfg', STRENGTH, 1.5, 'sampling default that var.pt carries: guidance; see sample.py'),
-    ('top_k', ANY_COUNT, 900, 'likewise'),
-    ('top_p', SHARE, 0.96, 'likewise')]
+    ('tokenizer', expanduser, None, 'vqvae.pt or var.pt for --stage var; None: vqvae.pt in --out'),
+    ('vqvae_steps', COUNT, 10_000, 'training steps of stage 1'),
+    ('var_steps', COUNT, 10_000, 'training steps of stage 2'),
+    ('budget_minutes', POSITIVE, None, 'fit the whole schedule into this training time, over all sessions'),
+    ('budget_vqvae', PART, 0.3, 'share of --budget-minutes for stage 1, if both are trained'),
+    ('stop_after_minutes', POSITIVE, None, 'save and exit after this time; --resume continues'),
+    ('batch_size', COUNT, 64, 'images per step over all GPUs'),
+    ('vqvae_batch_size', COUNT, None, 'the same for stage 1; None: --batch-size'),
+    ('micro_batch_size', COUNT, None, 'maximum number of images per GPU at once; None: its whole share'),
+    ('vqvae_lr', POSITIVE, 4e-3, 'peak learning rate of stage 1 per 256 images in a batch'),
+    ('var_lr', POSITIVE, 4e-3, 'peak learning rate of stage 2 per 256 images in a batch'),
+    ('var_optimizer', ['adamw', 'muon'], 'adamw', "optimizer of stage 2; muon: for the blocks' matrices"),
+    ('weight_decay', STRENGTH, 0.05, 'weight decay of both stages'),
+    ('compile', bool, False, 'compile the transformer blocks with torch.compile'),
+    ('revive_every_steps', COUNT, 20, 'steps between revivals of dead codes, in the first 3/4 of stage 1'),
+    ('perceptual_weight', STRENGTH, 0.0, 'weight of the perceptual term'),
+    ('perceptual', ['classifier', 'lpips'], 'classifier', 'small classifier, trained first; or LPIPS'),
+    ('classifier_steps', COUNT, 1560, 'training steps of that classifier'),
+    ('adversarial_weight', STRENGTH, 0.0, 'weight of the adversarial term; 0: no discriminator'),
+    ('discriminator_start', ANY_COUNT, 0, 'step at which the discriminator starts'),
+    ('log_every_steps', COUNT, 50, 'steps between log lines'),
+    ('save_every_steps', COUNT, 500, 'steps between validations, images and checkpoints; also at the end'),
+    ('keep_models', bool, False, 'also keep the model of each validation of stage 2, as var-STEP.pt'),
+    ('cfg', STRENGTH, 1.5, 'default guidance stored in var.pt; see sample.py'),
+    ('top_k', ANY_COUNT, 900, 'default top-k stored in var.pt'),
+    ('top_p', SHARE, 0.96, 'default top-p stored in var.pt')]
 TYPES = {bool: bool, int: ANY_COUNT, float: float, tuple: ANY_COUNT, str: str, type(None): float}
 FLAGS += [(field.name, TYPES[type(field.default)], field.default, field.type.__metadata__[0])
           for field in {field.name: field for field in fields(VARConfig) + fields(VQVAEConfig)}.values()
           if field.name != 'num_classes']
-DEFAULTS = {name: default for name, _, default, _ in FLAGS} | dict(             # the last ones have no flag
+DEFAULTS = {name: default for name, _, default, _ in FLAGS} | dict(             # these have no flag
     vqvae_last_lr=0.01, var_last_lr=0.01, last_weight_decay=None, classifier_channels=32,
     discriminator_channels=64, vqvae_micro_batch_size=None)
 
@@ -977,7 +977,7 @@ def flag(name: str) -> str:
 
 
 def build_parser() -> sample.Parser:
-    """Its namespace holds the flags that are given, and no others."""
+    """Its namespace contains only the flags that are given."""
     parser = sample.Parser(prog='train.py', usage='train.py [flags]', description=__doc__,
                            argument_default=argparse.SUPPRESS)
     for name, kind, default, help in FLAGS:
@@ -991,11 +991,11 @@ def build_parser() -> sample.Parser:
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
-    """The settings: flags, over those of the run that goes on or of the preset; and what that run saved."""
+    """The settings (flags override the resumed run's or the preset's), and the resumed run's checkpoint."""
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(build_parser().parse_args(argv)).items()}
     for pair in (('resume', 'overwrite'), ('budget_minutes', 'vqvae_steps'), ('budget_minutes', 'var_steps')):
-        check(not all(map(given.get, pair)), f"{', '.join(map(flag, pair))}: say one or the other")
+        check(not all(map(given.get, pair)), f"{', '.join(map(flag, pair))}: use one or the other")
     preset, saved = given.get('preset', 'shapes'), {}
     settings, out = DEFAULTS | PRESETS[preset] | dict(preset=preset), given.get('out', f'out/{preset}')
     if preset.startswith('imagenet'):
@@ -1003,19 +1003,19 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, dict]:
         settings |= RECIPES[max(least for least in RECIPES if least <= depth or least == 0)]
     if given.get('resume'):
         saved = read_save(Path(out))
-        check(saved, f'--resume: {out} holds no run that can be resumed; start one without it')
+        check(saved, f'--resume: {out} holds no run to resume; omit the flag to start one')
         is_ours = saved['settings'].keys() == settings.keys() - NOT_SAVED
-        check(is_ours, f'{out}/last.pt: of another version of train.py; start anew in another --out')
+        check(is_ours, f'{out}/last.pt: from another version of train.py; start a new run in another --out')
         settings |= saved['settings']
         for name in given.keys() - MAY_CHANGE - NOT_SAVED:
             check(given[name] == settings[name], f'{flag(name)} {given[name]}: the run to resume has '
-                  f'{settings[name]}; omit the flag, or start anew in another --out')
+                  f'{settings[name]}; omit the flag, or start a new run in another --out')
     return argparse.Namespace(**settings | given | dict(out=out, given={*given})), saved
 
 
 def make(config_class, args: argparse.Namespace, **more):
-    """A config from the settings that are fields of it. A ValueError, 'field_name=value: why', becomes a
-    UserError about the flag --field-name."""
+    """Builds a config from the settings named like its fields. A ValueError 'field_name=value: why' becomes
+    a UserError about the flag --field-name."""
     names = config_class.__dataclass_fields__.keys() & vars(args).keys()
     try:
         return config_class(**{name: getattr(args, name) for name in names} | more)
@@ -1025,7 +1025,7 @@ def make(config_class, args: argparse.Namespace, **more):
 
 
 def make_tokenizer(args: argparse.Namespace, stages: list[str]) -> VQVAE:
-    """A new one; for stage 2 alone, that of --tokenizer or --out, or in the var.pt of a run that goes on."""
+    """A new one; for stage 2 alone, the one from --tokenizer or --out, or from var.pt of the resumed run."""
     if 'vqvae' in stages:
         tokenizer = VQVAE(make(VQVAEConfig, args))
         for i in set(range(len(tokenizer.phis))) - set(tokenizer.phi_table):
@@ -1033,7 +1033,7 @@ def make_tokenizer(args: argparse.Namespace, stages: list[str]) -> VQVAE:
         return tokenizer
     paths = [Path(args.out, 'var.pt')] * args.resume + [Path(args.tokenizer or Path(args.out, 'vqvae.pt'))]
     path = next(filter(Path.is_file, paths), None)
-    check(path, f'--stage var: there is no tokenizer {paths[-1]}; train one with --stage vqvae, or name one '
+    check(path, f'--stage var: no tokenizer at {paths[-1]}; train one with --stage vqvae, or pass one '
           'with --tokenizer')
     knows_scales = args.resume or 'scales' in args.given or 'scales' in PRESETS[args.preset]
     tokenizer = load_tokenizer(path, args.scales if knows_scales else None)
@@ -1044,25 +1044,25 @@ def make_tokenizer(args: argparse.Namespace, stages: list[str]) -> VQVAE:
 
 
 def check_settings(args: argparse.Namespace, image_size: int, data: Data, stages: list[str]):
-    """Refuses settings that could only fail later."""
+    """Refuses settings that would fail later."""
     has_classifier = 'vqvae' in stages and args.perceptual_weight and args.perceptual == 'classifier'
     has_discriminator = 'vqvae' in stages and args.adversarial_weight
     sizes = dict(vqvae=args.vqvae_batch_size or args.batch_size, var=args.batch_size)
     sizes = [sizes[stage] for stage in stages]
     fitting = ', '.join(str(n) for n in range(1, 2 * world_size()) if math.gcd(*sizes) % n == 0)
     for is_fine, complaint in [
-            (not args.tokenizer or args.stage == 'var', 'tokenizer: goes with --stage var'),
-            (not has_discriminator or image_size >= 24, 'adversarial-weight: needs images of 24 pixels'),
+            (not args.tokenizer or args.stage == 'var', 'tokenizer: needs --stage var'),
+            (not has_discriminator or image_size >= 24, 'adversarial-weight: needs >= 24x24 pixels'),
             (args.perceptual_weight or 'perceptual' not in args.given, 'perceptual: needs a weight'),
-            (not has_classifier or image_size >= 8, 'perceptual-weight: a classifier needs 8 pixels'),
-            (not has_classifier or len(data.class_names) > 1, 'perceptual-weight: one class, no classifier'),
-            (max(sizes) <= data.count, f'batch-size {max(sizes)}: only {data.count} images are to train on'),
-            (math.gcd(*sizes) % world_size() == 0, f'batch-size {min(sizes)}: {world_size()} processes '
-             f'cannot share it, but {fitting} can')]:
+            (not has_classifier or image_size >= 8, 'perceptual-weight: a classifier needs >= 8x8 pixels'),
+            (not has_classifier or len(data.class_names) > 1, 'perceptual-weight: only one class; use 0'),
+            (max(sizes) <= data.count, f'batch-size {max(sizes)}: only {data.count} images to train on'),
+            (math.gcd(*sizes) % world_size() == 0, f'batch-size {min(sizes)}: cannot be split across '
+             f'{world_size()} processes; {fitting} would work')]:
         check(is_fine, f'--{complaint}')
     try:
         torch.compile(lambda x: x.sin() + 1, disable=not args.compile)(torch.zeros(2, device=data.device))
-    except Exception as error:                              # in many ways
+    except Exception as error:                              # can fail in many ways
         raise UserError(f'--compile: no compiler (g++, or Triton on a GPU): {one_line(error)}') from None
 
 
@@ -1078,17 +1078,17 @@ def main(argv: list[str]):
     stages = stages[-1:] if saved.get('stage') == 'var' else stages             # stage 1 is done
     tokenizer = make_tokenizer(args, stages).to(device)
     config = tokenizer.config
-    make(VARConfig, args, num_classes=1, scales=config.scales)                  # complains early
+    make(VARConfig, args, num_classes=1, scales=config.scales)                  # fails early
     replaced = claim_folder(args, stages) if not saved and rank() == 0 else []
     data = load_data(args, config.image_size, device)
     check_settings(args, config.image_size, data, stages)
-    check(not saved or saved['data'] == data.fingerprint, f'--data-dir {args.data_dir}: holds other images '
-          'than the run to resume was trained on; name those, or start anew in another --out')
+    check(not saved or saved['data'] == data.fingerprint, f'--data-dir {args.data_dir}: not the images that '
+          'the run to resume was trained on; pass those, or start a new run in another --out')
     seen = [[data.fingerprint, saved.get('stage'), saved.get('step')]] * world_size()
     if dist.is_initialized():
         dist.all_gather_object(seen, seen[0])
     check(seen.count(seen[0]) == len(seen), f'--data-dir {args.data_dir}, --out {out}: the processes see '
-          'other images or another save; make the folders equal')
+          'different images or checkpoints; make the folders identical')
     say(f'{args.preset}: {data.count:,} images of {config.image_size}x{config.image_size} in '
         f'{len(data.class_names)} classes, {sum(tokenizer.scale_lengths)} tokens each, scales '
         f'{config.scales}, on {world_size()} x {device.type}')
@@ -1107,7 +1107,7 @@ def main(argv: list[str]):
                 block.compile()
             train_transformer(Trainer('var', var, *shared), var, tokenizer)
     pictures = [str(out / dict(vqvae='reconstructions.png', var='samples.png')[stage]) for stage in stages]
-    say(f"done in {time.monotonic() - began:.0f} s; look at {' and then at '.join(pictures)}")
+    say(f"done in {time.monotonic() - began:.0f} s; see {', then '.join(pictures)}")
 
 
 if __name__ == '__main__':

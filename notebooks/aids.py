@@ -1,4 +1,4 @@
-"""What the walkthroughs share: a few real images, and a way to show images with names beside them."""
+"""Helpers for the walkthroughs: a few real images, plots of images and of the residual loop, logits."""
 import sys
 from pathlib import Path
 
@@ -25,9 +25,9 @@ def real_images() -> tuple[Tensor, Tensor]:
 
 
 def show(images: Tensor, columns: int, row_names=(), column_names=(), width: float = 9.0):
-    """Draws (N, 3, H, W) in [-1, 1] row by row, with names at the left and above.
+    """Plots images (N, 3, H, W) in [-1, 1] row by row, with names on the left and at the top.
 
-    At 72 dots an inch, which is about the size of the pixels: more would only make larger notebooks.
+    72 dpi is about the resolution of the images: more would only make the notebooks larger.
     """
     image = sample.grid(images, columns)
     rows, pitch = -(-len(images) // columns), image.width / columns
@@ -41,9 +41,9 @@ def show(images: Tensor, columns: int, row_names=(), column_names=(), width: flo
 
 
 def draw_loop(rows: list[list[Tensor]], row_names: list[str], column_names: list[str], notes: list[str]):
-    """Draws the residual loop: a row a scale, a column a step, of maps (C, h, w); notes stand at the right.
+    """Plots the residual loop as maps (C, h, w): a row per scale, a column per step, notes on the right.
 
-    Vectors become colours by their three strongest directions in the first map, which is f.
+    Colours are the vectors' components along the three principal directions of the first map, which is f.
     """
     vectors_NC = rows[0][0].flatten(1).T
     strongest_C3 = torch.linalg.eigh(vectors_NC.T @ vectors_NC).eigenvectors[:, -3:].flip(1)
@@ -64,7 +64,7 @@ def draw_loop(rows: list[list[Tensor]], row_names: list[str], column_names: list
         axis.set_ylabel(name, rotation=0, labelpad=20, fontsize=11, va='center')
     for axis, note in zip(axes[:, -1], notes):
         axis.text(1.08, 0.5, note, va='center', fontsize=10)
-    for above, below in zip(axes[:-1, -1], axes[1:, 0]):                # and again, on the next grid
+    for above, below in zip(axes[:-1, -1], axes[1:, 0]):                # from the end of a row to the next
         corners = [above.get_position(), below.get_position()]
         y = (corners[0].y0 + corners[1].y1) / 2
         xs = [(corner.x0 + corner.x1) / 2 for corner in corners]
@@ -76,10 +76,10 @@ def draw_loop(rows: list[list[Tensor]], row_names: list[str], column_names: list
 
 
 def logits_after(tokenizer, var, labels_B: Tensor, f_hats: list[Tensor]) -> list[Tensor]:
-    """Logits (B, l, V) of the scale after these f_hats (of scale 1, 2, ...), for the classes and for none."""
+    """Conditional and unconditional logits (B, l, V) of the scale after these f_hats (scales 1, 2, ...)."""
     lengths, k = var.config.lengths, len(f_hats)
     known = [tokenizer.next_input(f_hat, i) for i, f_hat in enumerate(f_hats)]
-    rest = torch.zeros(len(labels_B), sum(lengths[k + 1:]), var.config.z_channels)      # hidden by the mask
+    rest = torch.zeros(len(labels_B), sum(lengths[k + 1:]), var.config.z_channels)      # masked out
     inputs_BLC = torch.cat([*known, rest], dim=1)
     nulls_B = torch.full_like(labels_B, var.config.num_classes)
     return [var(asked_B, inputs_BLC).split(lengths, 1)[k] for asked_B in (labels_B, nulls_B)]

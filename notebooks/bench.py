@@ -1,13 +1,13 @@
-"""Times a training step, sampling and the reading of images: a line of JSON each.
+"""Times a training step, sampling and image loading; prints one line of JSON for each.
 
     python notebooks/bench.py --preset cifar10-cpu --dtype bfloat16         # random weights: a step, sampling
     python notebooks/bench.py --preset imagenet256 --depth 16 --batch-size 64 --compile
     python notebooks/bench.py --checkpoint notebooks/cifar10.pt --batch-size 32     # sampling
     python notebooks/bench.py --loader DIR --image-size 256                 # reads all images in DIR/<class>/
 
-Takes train.py's flags beside its own. A step is of stage 2, on tokens (--no-cache-tokens: on images). Seconds
-are medians of 7 runs after 3 to warm up. FLOPs are by formula; MFU is their share of the fastest matrix
-product of the same type, timed in the same run. Memory on a CPU is that of the process so far.
+Also takes train.py's flags. The step is one of stage 2, on tokens (--no-cache-tokens: on images). Times are
+medians of 7 runs after 3 warm-up runs. FLOPs come from a formula; MFU is relative to the FLOP/s of a large
+matrix multiplication in the same dtype, timed in the same run. On a CPU, memory is the process's peak so far.
 """
 import argparse
 import json
@@ -31,13 +31,13 @@ from vqvae import VQVAE, VQVAEConfig                                            
 
 
 def flops_of(tokenizer_config: VQVAEConfig, var_config: VARConfig) -> dict[str, int]:
-    """FLOPs of one image, a multiplication and an addition being two: 'encode', 'decode', 'train' (the
-    transformer forwards and backwards, on tokens), 'sample' (guided, decoding included) and 'unguided'."""
+    """FLOPs per image, where a multiply-add counts as two: 'encode', 'decode', 'train' (forward and backward
+    pass of the transformer, on tokens), 'sample' (with guidance and decoding) and 'unguided'."""
     D, V, C, lengths = var_config.width, var_config.vocab_size, var_config.z_channels, var_config.lengths
     L, depth, projections = sum(lengths), var_config.depth, 1 if var_config.shared_adaln else var_config.depth
     adaln = (12 * projections + 4) * D * D if var_config.adaln else 0
     seen = sum(length * sum(lengths[:k + 1]) for k, length in enumerate(lengths))
-    # a place: q, k, v, proj 8 D^2, MLP 16 D^2, head 2 D V; a pair of places, in a block: 4 D; a class: AdaLN
+    # per block: q, k, v, proj 8 D^2 and MLP 16 D^2 a position, 4 D a pair; head 2 D V; per class: AdaLN
     forward, drawn = ((24 * depth * D * D + 2 * D * V) * L + 4 * D * depth * pairs + adaln
                       for pairs in (L * L, seen))
     words = 2 * C * D * (L - 1)
@@ -53,7 +53,7 @@ def flops_of(tokenizer_config: VQVAEConfig, var_config: VARConfig) -> dict[str, 
 
 
 def seconds_of(run, device: torch.device, runs: int = 7) -> float:
-    """The median of some runs, after some to warm up."""
+    """Median time of `runs` runs, after 3 warm-ups."""
     def clock() -> float:
         began = time.perf_counter()
         run()
@@ -64,19 +64,19 @@ def seconds_of(run, device: torch.device, runs: int = 7) -> float:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes; None on Windows, whose processes don't say."""
+    """In bytes; None on Windows, which doesn't report it."""
     if device.type == 'cuda':
         return torch.cuda.max_memory_allocated(device)
     try:
         import resource
     except ImportError:
         return None
-    unit = 1 if sys.platform == 'darwin' else 1024          # Macs count bytes
+    unit = 1 if sys.platform == 'darwin' else 1024          # macOS reports bytes
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def report(what: str, run, device: torch.device, unit: str, count: int, flops: float, **said):
-    """Prints the line of run(), which makes `count` units."""
+    """Times run(), which processes `count` units, and prints a line of JSON."""
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats(device)
     seconds, memory = seconds_of(run, device), peak_memory(device)
@@ -92,7 +92,7 @@ def report(what: str, run, device: torch.device, unit: str, count: int, flops: f
 
 
 def bench_step(args: argparse.Namespace, tokenizer: VQVAE, var, device: torch.device, **said):
-    """A training step of stage 2, on random tokens or images."""
+    """Times a training step of stage 2, on random tokens or images."""
     B, config = args.batch_size, tokenizer.config
     trainer = train.Trainer('var', var, args, SimpleNamespace(count=B, device=device), {}, [], [], 0.0)
     images = torch.rand(B, 3, config.image_size, config.image_size, device=device) * 2 - 1
@@ -113,7 +113,7 @@ def bench_step(args: argparse.Namespace, tokenizer: VQVAE, var, device: torch.de
 
 
 def bench_sampling(tokenizer: VQVAE, var, count: int, device: torch.device, how: dict, **said):
-    """So many images, drawn in one batch."""
+    """Times the sampling of `count` images in one batch."""
     labels = [i % var.config.num_classes for i in range(count)]
     flops = count * flops_of(tokenizer.config, var.config)['sample' if how['cfg'] else 'unguided']
     report('sample', lambda: [*draw(tokenizer, var, labels, 0, count, said['dtype'], **how)], device,
@@ -121,12 +121,12 @@ def bench_sampling(tokenizer: VQVAE, var, count: int, device: torch.device, how:
 
 
 def box_resize(path: str, size: int, noise: tuple[float, float]) -> np.ndarray:
-    """As train.py does it."""
+    """Resizing and cropping as in train.py."""
     return cut_square(open_image(path, round(1.125 * size)), size, round(1.125 * size), noise)
 
 
 def whole_resize(path: str, size: int, noise: tuple[float, float]) -> np.ndarray:
-    """The released code's steps, one by one: decode, resize all of the image, cut."""
+    """The steps of the released code: decode, resize the whole image, crop."""
     image, shorter = Image.open(path).convert('RGB'), round(1.125 * size)
     w, h = image.size
     W, H = (shorter, int(shorter * h / w)) if w <= h else (int(shorter * w / h), shorter)
@@ -135,7 +135,7 @@ def whole_resize(path: str, size: int, noise: tuple[float, float]) -> np.ndarray
 
 
 def bench_loader(folder: str, size: int):
-    """How many images a second are read, on one core, and how many by `whole_resize`; medians of 7 rounds."""
+    """Images read per second on one core, by `box_resize` and by `whole_resize`; medians of 7 rounds."""
     paths, cpu = [path for _, path in train.find_images(Path(folder))], torch.device('cpu')
     check(paths, f'--loader {folder}: no images in {folder}/<class>/')
 
@@ -151,9 +151,9 @@ def bench_loader(folder: str, size: int):
 
 
 def main(argv: list[str]):
-    parser = Parser(prog='bench.py', description=__doc__, usage='bench.py [flags, of train.py, too]')
-    parser.add_argument('--checkpoint', help='time sampling with this var.pt alone, at its own defaults')
-    parser.add_argument('--loader', help='time reading the images in this folder alone')
+    parser = Parser(prog='bench.py', description=__doc__, usage='bench.py [flags, also those of train.py]')
+    parser.add_argument('--checkpoint', help='time only sampling from this var.pt, with its defaults')
+    parser.add_argument('--loader', help='time only reading the images in this folder')
     own, flags = parser.parse_known_args(argv)
     args, _ = train.parse(flags)
     if own.loader:

@@ -1,4 +1,4 @@
-"""Draws the loss of each scale from the log of stage 2, next to ln V, what guessing costs; needs matplotlib.
+"""Plots the loss of each scale from the log of stage 2, and ln V, the loss of guessing; needs matplotlib.
 
     python notebooks/curves.py out/cifar10-cpu/var.csv curves.png
 """
@@ -28,17 +28,17 @@ def main(argv: list[str]):
                   for scale in scales for split in ('train', 'val')}
         level = max(float(row['ln_V']) for row in rows if row['split'] == 'val')
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OSError, csv.Error):
-        raise UserError(f'{args.log}: not the var.csv of a run that has come to a validation') from None
+        raise UserError(f'{args.log}: not the var.csv of a run with at least one validation') from None
     figure = Figure(figsize=(7, 4), layout='constrained')
     axes = figure.subplots()
     for (scale, split), curve in points.items():
-        if not curve:                                                       # no line of training logged yet
+        if not curve:                                                       # no training step logged yet
             continue
         line, label = ('-', 'training') if split == 'train' else ('o--', 'held-out')
         axes.plot(*zip(*curve), line, color=f'C{scales.index(scale)}', label=f'{scale}, {label}',
                   linewidth=1, markersize=3)
     axes.axhline(level, color='grey', linestyle=':', label=f'ln V = {level:.2f}')
-    axes.set(xlabel='step', ylabel='cross-entropy, nats a token', title='Loss of each scale')
+    axes.set(xlabel='step', ylabel='cross-entropy (nats per token)', title='Loss of each scale')
     axes.legend(fontsize=8, ncols=2)
     figure.savefig(args.image, dpi=110)
 

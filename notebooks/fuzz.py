@@ -1,10 +1,10 @@
-"""Throws random flags, torn files, odd images and odd folders at train.py and sample.py.
+"""Fuzzes train.py and sample.py with random flags, truncated files, and unusual images and folders.
 
-    python notebooks/fuzz.py --count 2000 --seed 0      # some minutes on two cores
+    python notebooks/fuzz.py --count 2000 --seed 0      # a few minutes on two cores
 
-Each case must end well, or with exit status 2 and one line that begins with 'error: '; without a traceback,
-without a warning, within a minute, and without a half-written file. `--only 1234` repeats the case of that
-number, and shows what it says.
+Each case must succeed, or exit with status 2 and a single line that begins with 'error: '. It must end within
+a minute, without a traceback, a warning or a half-written file. `--only 1234` repeats case 1234 and shows its
+output.
 """
 import io
 import os
@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sample                                                                           # noqa: E402
 import train                                                                            # noqa: E402
 
-SECONDS = 60                            # for a case, which takes a tenth of one
+SECONDS = 60                            # timeout per case; a case usually takes 0.1 s
 TINY = ('--train-count 24 --val-count 8 --batch-size 8 --channels 32 --z-channels 4 --vocab-size 16 '
         '--scales 1 2 8 --depth 1 --device cpu --vqvae-steps 2 --var-steps 2 --save-every-steps 2 '
         '--stop-after-minutes 0.02 --adaln-gamma-init 0.1').split()
@@ -41,9 +41,9 @@ class Hang(BaseException):
     pass
 
 
-# -------------------------------------------------------------------------------------------- what is thrown
+# --------------------------------------------------------------------------------------------- random inputs
 def value_of(action, chance: random.Random, files: list[str]) -> list[str]:
-    """Arguments for a flag, of its kind more often than not."""
+    """Arguments for a flag, usually of its type."""
     count = chance.choice([1, 2, 3, 4]) if action.nargs == '+' else action.nargs or 1
     if action.choices and chance.random() < 0.8:
         return [chance.choice([*action.choices])]
@@ -66,13 +66,13 @@ def flags_of(parser, chance: random.Random, files: list[str], count: int) -> lis
 
 
 def tear(path: Path, chance: random.Random):
-    """Cuts a file short, and perhaps puts some bytes behind."""
+    """Truncates a file, and sometimes appends null bytes."""
     content = path.read_bytes()
     path.write_bytes(content[:chance.randrange(len(content))] + chance.choice([b'', bytes(100)]))
 
 
 def odd_image(path: Path, chance: random.Random):
-    """Of a random mode, kind and size, turned or not, perhaps damaged."""
+    """An image of random mode, format, size and EXIF orientation, sometimes damaged."""
     w, h = (chance.choice([1, 2, 7, 31, 32, 33, 100]) for _ in range(2))
     pixels = np.random.default_rng(chance.randrange(2 ** 32)).integers(0, 256, (h, w, 4), dtype=np.uint8)
     mode = chance.choice('1 L LA P PA RGB RGBA CMYK YCbCr LAB HSV I F'.split())
@@ -82,7 +82,7 @@ def odd_image(path: Path, chance: random.Random):
     options = dict(exif=exif) if chance.random() < 0.3 else {}
     try:
         Image.fromarray(pixels).convert('RGB').convert(mode).save(file, kind, **options)
-    except Exception:                                       # not every mode goes into every kind
+    except Exception:                                       # not every format supports every mode
         Image.fromarray(pixels).save(file, 'PNG')
     content = bytearray(file.getvalue())
     for _ in range(chance.choice([0, 0, 1, 5, 50])):
@@ -91,7 +91,7 @@ def odd_image(path: Path, chance: random.Random):
 
 
 def odd_folder(folder: Path, chance: random.Random):
-    """Class folders as people may have them."""
+    """Class folders with the irregularities of real ones."""
     names = ['cat', 'dog', 'bird', 'кот', '.hidden', 'a b', 'train', 'val', '\udcff', 'x.png']
     roots = [folder / chance.choice(['train', 'train', '.', 'Train', 'in/train'])]
     for split in roots + [folder / 'val'] * (chance.random() < 0.5):
@@ -115,15 +115,15 @@ def odd_folder(folder: Path, chance: random.Random):
 def flags_of_train(folder: Path, chance: random.Random):
     files = ['run', 'run/var.pt', 'run/vqvae.pt', 'run/var.csv', 'nowhere', 'photo.png', 'new']
     flags = flags_of(train.build_parser(), chance, files, chance.choice([1, 1, 2, 3]))
-    steps = TINY.index('--vqvae-steps')                             # --budget-minutes comes in their place
+    steps = TINY.index('--vqvae-steps')                             # --budget-minutes replaces them
     return train.main, [*TINY[:steps], *TINY[steps + 4 * ('--budget-minutes' in flags):], *flags]
 
 
 def flags_of_sample(folder: Path, chance: random.Random):
     files = 'run run/var.pt run/vqvae.pt nowhere photo.png new.png new.npz new/x.jpg new.pt'.split()
     flags = flags_of(sample.build_parser(), chance, files, chance.choice([1, 2, 3, 5]))
-    flags = [flag for flag in flags if flag != '--official']        # which would be downloaded
-    count = chance.choice([*NUMBERS, '2', '2', '2']).replace('2000000', '20')       # which would be drawn
+    flags = [flag for flag in flags if flag != '--official']        # would download weights
+    count = chance.choice([*NUMBERS, '2', '2', '2']).replace('2000000', '20')       # would take too long
     return sample.main, ['run/var.pt', *flags, '--count', count]
 
 
@@ -154,7 +154,7 @@ CASES = [flags_of_train, flags_of_sample, torn_file, image_to_edit, folder_to_tr
 
 # --------------------------------------------------------------------------------------------------- verdict
 def make_run(folder: Path):
-    """What the cases start from."""
+    """A trained run and a photo, from which all cases start."""
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         steps = '--vqvae-steps 4 --var-steps 4 --stop-after-minutes 9'.split()
         train.main([*TINY, *steps, '--out', str(folder / 'run')])
@@ -163,7 +163,7 @@ def make_run(folder: Path):
 
 
 def attempt(main, argv: list[str], seconds: float) -> tuple[object, str]:
-    """How a command ends (an exit status or an exception), and what it says."""
+    """Runs a command. Returns its exit status or exception, and its output."""
     def hang(number, frame):
         raise Hang(f'takes more than {seconds} seconds')
 
@@ -188,7 +188,7 @@ def attempt(main, argv: list[str], seconds: float) -> tuple[object, str]:
 
 
 def fault_of(end, said: str, folder: Path) -> str | None:
-    """What is wrong with how it ended, if anything."""
+    """Why a case failed, or None."""
     lines = [line for line in re.split('[\r\n]', said) if line.startswith('error: ')]
     if isinstance(end, BaseException):
         return f'{type(end).__name__}: {sample.one_line(end)}'
@@ -202,7 +202,7 @@ def fault_of(end, said: str, folder: Path) -> str | None:
 
 
 def try_case(number: int, seed: int, origin: Path) -> tuple[str, str | None, str]:
-    """A case by its number: the command, its fault, what it said. The run in `origin` stays as it is."""
+    """Runs a case: returns the command, its fault and its output. Leaves the run in `origin` unchanged."""
     chance, here = random.Random(f'{seed} {number}'), os.getcwd()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -221,7 +221,7 @@ def main():
     parser = sample.Parser(description=__doc__)
     parser.add_argument('--count', type=int, default=2000)
     parser.add_argument('--seed', type=int, default=0)
-    parser.add_argument('--only', type=int, help='the number of one case')
+    parser.add_argument('--only', type=int, help='run only the case with this number')
     args, faults = parser.parse_args(), 0
     with tempfile.TemporaryDirectory() as origin:
         make_run(Path(origin))

@@ -1,13 +1,13 @@
-"""Judges samples of CIFAR-10 or of shapes: does a classifier see what was asked for, are they as varied?
+"""Judges samples of CIFAR-10 or shapes: does a classifier recognise them, are they as diverse as real ones?
 
     python sample.py notebooks/cifar10.pt --npz samples.npz --count 1000
     python notebooks/judge.py samples.npz
     python notebooks/judge.py samples.npz --judge residual          # a second opinion
 
-The judge, a classifier, is trained once on real images (7 to 25 minutes on two cores; shapes: one), and kept.
-A second one has another architecture, seed and augmentation: what is good must please both. Distances,
-precision and recall are taken in features before the judge's last layer (FID: in another network's), and
-stand beside those of training images.
+The judge is a classifier, trained once on real images (7 to 25 minutes on two cores; shapes: one) and saved.
+The second judge has another architecture, seed and augmentation: good samples should score well with both.
+Distances, precision and recall are computed on the inputs of the judge's last layer (FID uses features of
+another network) and printed with those of training images for comparison.
 """
 import sys
 from pathlib import Path
@@ -23,22 +23,22 @@ from sample import Parser, check, load, open_checkpoint, run_command        # no
 from train import (CIFAR10_CLASSES, FIGURES, augment, draw_shapes, read_cifar10,            # noqa: E402
                    save_checkpoint, to_float)
 
-# by classes: data, channels of layers, epochs, mirrored or not, noise (clean drawings make a brittle judge)
+# by classes: data, channels per layer, epochs, mirroring, noise (clean drawn shapes make a brittle judge)
 JUDGES = {tuple(FIGURES): ('shapes', (16, 32, 64), 3, False, 0.3),
           tuple(CIFAR10_CLASSES): ('cifar10', (48, 128, 256), 8, True, 0.0)}
 BATCH, SEED, NEIGHBOURS = 128, 10 ** 6, 3
 
 
 def read_images(name: str, data_dir: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images (N, 3, 32, 32) uint8 and labels, test images and labels. Shapes: drawn anew."""
+    """Training images (N, 3, 32, 32) uint8 and labels, test images and labels. Shapes are generated."""
     drawn = name == 'shapes'
     return (*draw_shapes(12_000, SEED), *draw_shapes(5_000, SEED + 1)) if drawn else read_cifar10(data_dir)
 
 
 class Judge(nn.Module):
-    """In the manner of airbench94 (K. Jordan, 2024). mirror: an image is judged with its mirror image."""
+    """After airbench94 (K. Jordan, 2024). mirror: averages features over an image and its mirror image."""
     name, seed, crop, cutout = 'plain', SEED, 2, 0
-    sharpness = 1 / 9                   # times the last layer's outputs are logits
+    sharpness = 1 / 9                   # factor from the last layer's outputs to logits
 
     def __init__(self, widths: tuple[int, ...], mirror: bool):
         super().__init__()
@@ -58,7 +58,7 @@ class Judge(nn.Module):
         return [*layers, nn.MaxPool2d(3)]
 
     def whiten(self, images: Tensor):
-        """Fixes the first layer: the principal directions of 2x2 patches and their opposites, normalised."""
+        """Freezes the first layer at the whitening filters of 2x2 patches and their negatives."""
         patches = F.unfold(to_float(images), 2).transpose(1, 2).flatten(0, 1)
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
         weight = (vectors / (values + 5e-4).sqrt()).T.reshape(12, 3, 2, 2)
@@ -68,16 +68,16 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """uint8 (N, 3, 32, 32) -> what the last layer sees, (N, widths[-1]) float32."""
+        """uint8 (N, 3, 32, 32) -> inputs of the last layer, (N, widths[-1]) float32."""
         parts = [to_float(part).contiguous(memory_format=torch.channels_last) for part in images.split(500)]
         return torch.cat([(self.trunk(x) + self.trunk(x.flip(3) if self.mirror else x)) / 2 for x in parts])
 
     def probabilities(self, features: Tensor) -> Tensor:
-        """What the judge takes images with these features for: (N, 10)."""
+        """Class probabilities (N, 10) of images with these features."""
         return (self.sharpness * self.head(features)).softmax(1)
 
     def recognised(self, features: Tensor, labels: Tensor) -> Tensor:
-        """1.0 where the judge takes an image with these features for its label, else 0.0: (N,)."""
+        """1.0 where the predicted class of an image with these features is its label, else 0.0: (N,)."""
         return (self.head(features).argmax(1) == labels).float()
 
 
@@ -96,7 +96,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualJudge(Judge):
-    """A residual network (He et al., 2016) of four levels. Its images have a grey square each."""
+    """A residual network (He et al., 2016) of four levels, trained with cutout."""
     name, seed, crop, cutout = 'residual', SEED + 2, 4, 8
     sharpness = 1.0
 
@@ -107,11 +107,11 @@ class ResidualJudge(Judge):
                 nn.AdaptiveAvgPool2d(1)]
 
     def whiten(self, images: Tensor):
-        """It learns its first layer."""
+        """Does nothing: the first layer is learned."""
 
 
 def cut_out(images_B3HW: Tensor, side: int) -> Tensor:
-    """Greys a square somewhere in each image (DeVries and Taylor, 2017), perhaps partly or wholly outside."""
+    """Cutout (DeVries and Taylor, 2017): greys out a random square, which can lie partly or fully outside."""
     B, _, H, W = images_B3HW.shape
     corners = torch.rand(2, B, 1, device=images_B3HW.device) * (H + side) - side
     rows, columns = ((at >= corner) & (at < corner + side)
@@ -120,7 +120,7 @@ def cut_out(images_B3HW: Tensor, side: int) -> Tensor:
 
 
 def train_judge(judge: Judge, title: str, images: Tensor, labels: Tensor, epochs: int, noise=0.0):
-    """SGD, its learning rate first up and then down; images shifted by a few pixels."""
+    """SGD with a one-cycle learning rate, on images shifted by a few pixels."""
     judge.to(images.device, memory_format=torch.channels_last).whiten(images[:5000])
     optimizer = torch.optim.SGD(judge.parameters(), lr=0.1, momentum=0.85, nesterov=True, weight_decay=1e-3)
     steps = epochs * (len(images) // BATCH)
@@ -140,7 +140,7 @@ def train_judge(judge: Judge, title: str, images: Tensor, labels: Tensor, epochs
 
 
 def load_judge(name: str, images: Tensor, labels: Tensor, cache: str | Path, kind=Judge) -> Judge:
-    """The judge of 'shapes' or 'cifar10', in eval mode: read from `cache`, or trained and kept there."""
+    """The judge of 'shapes' or 'cifar10', in eval mode: loaded from `cache`, or trained and saved there."""
     widths, epochs, mirror, noise = {row[0]: row[1:] for row in JUDGES.values()}[name]
     torch.manual_seed(kind.seed)
     judge, cache, title = kind(widths, mirror), Path(cache), f'judge of {name}, {widths}, {epochs} epochs'
@@ -155,7 +155,7 @@ def load_judge(name: str, images: Tensor, labels: Tensor, cache: str | Path, kin
 
 
 def frechet_distance(a_ND: Tensor, b_ND: Tensor) -> float:
-    """Of the Gaussians with the means and covariances of two sets of features (Dowson and Landau, 1982)."""
+    """Between Gaussians with the means and covariances of two sets of features (Dowson and Landau, 1982)."""
     (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(0), x.T.cov()) for x in (a_ND.double(), b_ND.double()))
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
@@ -164,9 +164,9 @@ def frechet_distance(a_ND: Tensor, b_ND: Tensor) -> float:
 
 
 def precision_and_recall(made_ND: Tensor, real_MD: Tensor) -> tuple[float, float]:
-    """Kynkaanniemi et al. (2019): the share of made images among real ones, and of real among made ones.
+    """Kynkaanniemi et al. (2019): the share of samples covered by real images, and of real images by samples.
 
-    Among: nearer to one of them than that one's third nearest neighbour of its own kind is."""
+    Covered: in the ball around a point of the other set that reaches its third nearest neighbour there."""
     def radii(points: Tensor) -> Tensor:
         return torch.cdist(points, points).kthvalue(NEIGHBOURS + 1).values      # the nearest is itself
     distances = torch.cdist(made_ND, real_MD)
@@ -175,45 +175,45 @@ def precision_and_recall(made_ND: Tensor, real_MD: Tensor) -> tuple[float, float
 
 
 def inception_score(probabilities: Tensor) -> float:
-    """Salimans et al. (2016), of a judge's probabilities (N, classes): high where each image is one
-    thing clearly, and all together are many. From 1 to the number of classes, but these judges, trained with
-    labels smoothed by 0.2, are never surer than 0.82, which is 4.2 at most."""
+    """Salimans et al. (2016), of a judge's probabilities (N, classes): high if each image clearly shows one
+    class and the images show many classes. Ranges from 1 to the number of classes, but these judges, trained
+    with label smoothing of 0.2, are at most 0.82 confident, which limits it to 4.2."""
     each = torch.special.entr(probabilities).sum(1).mean()
     return (torch.special.entr(probabilities.mean(0)).sum() - each).exp().item()
 
 
 def read_npz(path: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """What sample.py --npz wrote: images (N, 3, H, W) uint8, labels (N,), names of the classes."""
+    """Reads a file written by sample.py --npz: images (N, 3, H, W) uint8, labels (N,), class names."""
     try:
         arrays = np.load(path)
         images, labels = (torch.from_numpy(arrays[key]) for key in ('arr_0', 'labels'))
         images, class_names = images.permute(0, 3, 1, 2), tuple(arrays['class_names'].tolist())
-        torch.utils.data.TensorDataset(images, F.one_hot(labels, len(class_names) + 1))   # or fails; + null
+        torch.utils.data.TensorDataset(images, F.one_hot(labels, len(class_names) + 1))   # validates; +null
     except Exception as error:                                             # np.load fails in many ways
-        check(False, f'{path}: not what sample.py --npz writes ({type(error).__name__})')
+        check(False, f'{path}: not written by sample.py --npz ({type(error).__name__})')
     return images, labels, class_names
 
 
 def load_known(path: str) -> tuple:
-    """The data that a var.pt was made for, 'shapes' or 'cifar10', and what sample.load returns of it."""
+    """The data a var.pt was trained on, 'shapes' or 'cifar10', and what sample.load returns for the file."""
     tokenizer, var, defaults = load(path)
     known = JUDGES.get(tuple(var.class_names))
-    check(known and tokenizer.config.image_size == 32, f'{path}: made for other images than CIFAR-10 or '
-          'shapes of 32x32')
+    check(known and tokenizer.config.image_size == 32, f'{path}: not trained on CIFAR-10 or on '
+          'drawn shapes of 32x32')
     return known[0], tokenizer, var, defaults
 
 
 def main(argv: list[str]):
     parser = Parser(prog='judge.py', description=__doc__)
-    parser.add_argument('npz', help='what sample.py --npz wrote')
-    parser.add_argument('--data-dir', help='folder with CIFAR-10; absent: downloaded to data/')
-    parser.add_argument('--judge', choices=['plain', 'residual'], default='plain', help='which one [plain]')
-    parser.add_argument('--cache', help='the trained judge; absent: out/judge-cifar10.pt or -shapes.pt, of '
-                        'the residual one out/judge-residual-cifar10.pt ...')
+    parser.add_argument('npz', help='a file written by sample.py --npz')
+    parser.add_argument('--data-dir', help='folder with CIFAR-10 [downloaded to data/]')
+    parser.add_argument('--judge', choices=['plain', 'residual'], default='plain', help='which judge [plain]')
+    parser.add_argument('--cache', help='the trained judge [out/judge-cifar10.pt or -shapes.pt; with '
+                        '--judge residual, out/judge-residual-cifar10.pt or -shapes.pt]')
     args = parser.parse_args(argv)
     images, labels, class_names = read_npz(args.npz)
     check(class_names in JUDGES and images.shape[1:] == (3, 32, 32), f"{args.npz}: {images.shape[3]}x"
-          f"{images.shape[2]} of {', '.join(class_names[:3])}, ...; judges know 32x32 shapes and CIFAR-10")
+          f"{images.shape[2]} images of {', '.join(class_names[:3])}, ...; must be 32x32 shapes or CIFAR-10")
     name, (*_, width) = JUDGES[class_names][:2]
     check(len(images) > width and len(labels.unique()) == 10, f'{args.npz}: {len(images)} images of '
           f'{len(labels.unique())} classes; a covariance of {width} features needs {width + 1}, of all 10')
@@ -224,7 +224,7 @@ def main(argv: list[str]):
     drawn, test, real = map(judge.features, (images, test_images, real_images[:N]))
     right, accuracy = judge.recognised(drawn, labels), judge.recognised(test, test_labels).mean()
     print(f'{len(right)} samples: {right.mean():.1%} recognised as the class asked for, by a judge '
-          f'({judge.name}, {len(drawn[0])} features) that is right on {accuracy:.1%} of test images')
+          f'({judge.name}, {len(drawn[0])} features) with a test accuracy of {accuracy:.1%}')
     for label in labels.unique().tolist():
         print(f'  {class_names[label]:10} {right[labels == label].mean():.1%}')
     distance, floor = (frechet_distance(found[:N], test[:N]) for found in (drawn, real))

@@ -1,6 +1,6 @@
-"""Kills a run of train.py again and again, at random, and compares its end with that of a calm one.
+"""Kills a training run repeatedly at random, and compares its result with that of an uninterrupted run.
 
-    python notebooks/many_kills.py                      # 20 kills each, on 1 and on 2 processes; nine minutes
+    python notebooks/many_kills.py                      # 20 kills in each of 4 runs; nine minutes
     python notebooks/many_kills.py --kills 100 --seed 7
 """
 import argparse
@@ -13,7 +13,7 @@ from test_processes import STOPPED, finish, run_with_kills, same_run, start, wri
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('--kills', type=int, default=20)
-parser.add_argument('--seed', type=int, default=0, help='of the moments of the kills [0]')
+parser.add_argument('--seed', type=int, default=0, help='for the times of the kills [0]')
 args, failed = parser.parse_args(), False
 with tempfile.TemporaryDirectory() as scratch:
     photos = write_images(Path(scratch, 'photos'), 80)
@@ -24,6 +24,6 @@ with tempfile.TemporaryDirectory() as scratch:
             finish(start(flags, calm, ranks), calm)
             is_same = same_run(run_with_kills(flags, out, ranks, args.kills, args.seed), calm)
             failed |= not is_same
-            end = 'equal to the bit' if is_same else 'DIFFERS'
+            end = 'bitwise identical' if is_same else 'DIFFERS'
             print(f'{ranks or 1} processes, {kind}, {args.kills} kills: {end}', flush=True)
 sys.exit(failed)

@@ -1,13 +1,13 @@
-"""Runs the walkthroughs top to bottom, each in a kernel of its own, and holds them to their rules.
+"""Runs the walkthroughs top to bottom, each in its own kernel, and checks the rules below.
 
-    python notebooks/run.py                             # what CI does; the files stay as they are
+    python notebooks/run.py                             # as in CI; leaves the files unchanged
     python notebooks/run.py --save                      # writes the outputs into the notebooks
     python notebooks/run.py NOTEBOOK ... --save
-    python notebooks/run.py --seed 7                    # every claim should hold with any other SEED, too
+    python notebooks/run.py --seed 7                    # every claim should hold with any SEED
 
-The rules: at most 25 cells (assignments may have more); no error and no warning; a cell that draws draws one
-picture, ends in an assertion, and is followed by its caption, '*Figure n. ...'; no line of code stands in the
-project's own files already.
+The rules: at most 25 cells (except in assignments); no errors or warnings; a cell that plots shows one image,
+ends in an assertion and is followed by a caption, '*Figure n. ...'; no line of code is copied from the
+project's own files.
 """
 import ast
 import re
@@ -23,9 +23,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from sample import Parser, UserError, check, run_command, save_file                     # noqa: E402
 
-CELLS = 25                              # of one notebook, at most
-SECONDS = 600                           # of one cell, at most: it hangs
-COPIED = 32                             # characters: shorter lines, such as a plain call, may be alike
+CELLS = 25                              # maximum per notebook
+SECONDS = 600                           # timeout per cell
+COPIED = 32                             # characters: shorter lines, such as plain calls, can coincide
 
 
 def code_lines(text: str) -> set[str]:
@@ -34,7 +34,7 @@ def code_lines(text: str) -> set[str]:
 
 
 def copied_lines(notebook) -> list[str]:
-    """Lines of code that the project's files have as well."""
+    """Lines of code that also occur in the project's files."""
     ours = set().union(*(code_lines(path.read_text()) for path in HERE.parent.glob('*.py')
                          if path.name != 'test_var.py'))
     theirs = set().union(*(code_lines(cell.source) for cell in notebook.cells if cell.cell_type == 'code'))
@@ -42,16 +42,16 @@ def copied_lines(notebook) -> list[str]:
 
 
 def problems(notebook) -> list[str]:
-    """The rules that an executed notebook breaks, a line each."""
+    """The rules that an executed notebook breaks, one line each."""
     long = len(notebook.cells) > CELLS and 'assignment' not in notebook.metadata
-    found = [f'has {len(notebook.cells)} cells, at most {CELLS} will do'] * long
+    found = [f'has {len(notebook.cells)} cells, at most {CELLS} are allowed'] * long
     figures, runs = 0, 0
     for i, cell in enumerate(notebook.cells):
         if cell.cell_type != 'code':
             continue
         runs += 1
         if cell.execution_count != runs:
-            found.append(f'cell {i + 1}: was not run in its turn')
+            found.append(f'cell {i + 1}: was not run in order')
         for output in cell.outputs:
             if output.output_type == 'error' or output.get('name') == 'stderr':
                 found.append(f'cell {i + 1}: ' + str(output.get('ename') or output.text).strip()[:200])
@@ -59,18 +59,18 @@ def problems(notebook) -> list[str]:
         figures += pictures
         after = notebook.cells[i + 1].source if i + 1 < len(notebook.cells) else ''
         if pictures and not after.startswith(f'*Figure {figures}. '):
-            found.append(f"cell {i + 1}: draws {pictures} pictures, and no '*Figure {figures}. ' follows")
+            found.append(f"cell {i + 1}: shows {pictures} images, not followed by '*Figure {figures}. '")
         if pictures and not isinstance(ast.parse(cell.source).body[-1], ast.Assert):
-            found.append(f'cell {i + 1}: draws, and asserts nothing at its end')
+            found.append(f'cell {i + 1}: shows an image, but does not end in an assertion')
     return found + [f'copied: {line}' for line in copied_lines(notebook)]
 
 
 def run(path: Path, seed: int | None = None) -> tuple[nbformat.NotebookNode, float]:
-    """The notebook with fresh outputs, and the seconds that it took. seed: in place of its own SEED."""
+    """The notebook with new outputs, and its run time in seconds. seed: replaces its SEED."""
     try:
         notebook = nbformat.read(path, as_version=4)
     except (OSError, ValueError, nbformat.ValidationError):
-        raise UserError(f'{path}: not a notebook that can be read') from None
+        raise UserError(f'{path}: not a notebook, or not readable') from None
     for cell in notebook.cells if seed is not None else []:
         cell.source = re.sub(r'^SEED = \d+', f'SEED = {seed}', cell.source, flags=re.M)
     start = time.monotonic()
@@ -79,17 +79,17 @@ def run(path: Path, seed: int | None = None) -> tuple[nbformat.NotebookNode, flo
     try:
         client.execute()
     except CellExecutionError:
-        pass                                                # stands in the outputs, and is a problem
+        pass                                                # in the outputs, where `problems` finds it
     return notebook, time.monotonic() - start
 
 
 def main(argv: list[str]):
     parser = Parser(prog='run.py', description=__doc__)
-    parser.add_argument('notebook', nargs='*', help='absent: the walkthroughs')
+    parser.add_argument('notebook', nargs='*', help='notebooks to run [all walkthroughs]')
     parser.add_argument('--save', action='store_true', help='write the outputs into the notebooks')
-    parser.add_argument('--seed', type=int, help='run with another SEED, and save nothing')
+    parser.add_argument('--seed', type=int, help='run with another SEED, without saving')
     args = parser.parse_args(argv)
-    check(args.seed is None or not args.save, '--seed and --save: outputs are saved with their own SEED')
+    check(args.seed is None or not args.save, '--seed, --save: only outputs with the original SEED are saved')
     check(args.seed is None or args.seed >= 0, f'--seed {args.seed}: must be 0 or more')
     failed, total = [], 0.0
     for path in [Path(name) for name in args.notebook] or sorted(HERE.glob('0*.ipynb')):
@@ -100,7 +100,7 @@ def main(argv: list[str]):
         failed += [path.name] * bool(found)
         if args.save and not found:
             save_file(path, lambda file: file.write(nbformat.writes(notebook).encode() + b'\n'))
-    print(f'{total:.0f} s in all')
+    print(f'{total:.0f} s in total')
     check(not failed, f'{", ".join(failed)}: see the lines above')
 
 

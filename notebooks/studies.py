@@ -1,16 +1,16 @@
-"""The paper's studies, small enough for home: next token against next scale, the ablation, scaling laws.
+"""The paper's studies at small scale: next-token against next-scale prediction, ablation, scaling laws.
 
     python notebooks/studies.py ablation --data-dir DIR         # -> notebooks/ablation-cifar10-cpu.csv
     python notebooks/studies.py ablation --preset shapes        # the same on drawn shapes, in minutes
-    python notebooks/studies.py scaling --data-dir DIR          # -> scaling-cifar10-cpu.csv, of six sizes
-    python notebooks/studies.py predict                         # -> prediction-cifar10-cpu.csv, of a seventh
-    python notebooks/studies.py largest --data-dir DIR          # ... which is trained only now
+    python notebooks/studies.py scaling --data-dir DIR          # -> scaling-cifar10-cpu.csv, six sizes
+    python notebooks/studies.py predict                         # -> prediction-cifar10-cpu.csv, a seventh
+    python notebooks/studies.py largest --data-dir DIR          # trains the seventh
     python notebooks/studies.py sheet                           # -> images/size-by-training-cifar10-cpu.png
-    python notebooks/studies.py speed                           # -> speed.csv: sampling, AR and VAR
+    python notebooks/studies.py speed                           # -> speed.csv: sampling with AR and VAR
 
-Each run is a command of train.py, which is printed; what is done already is not done again, and a run that
-was stopped goes on. To add a row, add it to ROWS or SIZES. The committed rows of CIFAR-10 are of --dtype
-bfloat16, on a CPU that is fast at it, those of shapes of float32.
+Each run is a train.py command, which is printed. Finished runs are skipped, and interrupted ones are resumed.
+To add a row, add it to ROWS or SIZES. The committed rows of CIFAR-10 used --dtype bfloat16, on a CPU where
+it is fast; those of shapes used float32.
 """
 import argparse
 import csv
@@ -42,12 +42,12 @@ from var import VAR, VARConfig                                                  
 from vqvae import VQVAE, VQVAEConfig                                                    # noqa: E402
 
 TOKENIZERS = {('cifar10-cpu', 'scale'): 'notebooks/cifar10.pt'}             # the others are trained
-# by presets: steps of a tokenizer; training compute of a row of the ablation, FLOPs; its top-k, 15% of the
-# codes, as in the paper (600 of 4,096)
+# by preset: steps of a tokenizer; training FLOPs of a row of the ablation; its top-k, 15% of the codes, as in
+# the paper (600 of 4,096)
 SETTINGS = {'cifar10-cpu': (10_000, 3e13, 150), 'shapes': (750, 3e12, 40)}
-GUIDANCE = 1.0, 2.0, 4.0            # of which a guided row takes what is nearest to real images
+GUIDANCE = 1.0, 2.0, 4.0            # a guided row uses the one with samples nearest to real images
 AR, VAR_PLAIN = '--order raster --scales 8 --no-adaln --no-unit-norm', '--no-adaln --no-unit-norm'
-ROWS = [                            # name, what its runs are called, their flags, seeds, how it is sampled
+ROWS = [                            # name, name of its runs, their flags and seeds, sampling options
     ('AR', 'ar', AR, (0, 1), ()),
     ('AR, top-k and guidance', 'ar', AR, (0, 1), ('top_k', 'cfg')),
     ('AR with all of the below', 'ar-all', '--order raster --scales 8', (0,), ('top_k', 'cfg')),
@@ -58,15 +58,15 @@ ROWS = [                            # name, what its runs are called, their flag
     ('+ guidance', 'adaln', '--no-unit-norm', (0,), ('top_k', 'cfg')),
     ('+ attention norm', 'norm', '', (0,), ('top_k', 'cfg')),
     ('twice the depth', 'deep', '--depth 4', (0,), ('top_k', 'cfg'))]
-SIZES, LARGEST, STEPS = (1, 2, 3, 4, 5, 6), 7, 320                          # depths, and steps for each
-MEASURES = ('loss', 'loss_8x8', 'error', 'error_8x8')                       # of all scales, of the last
-JUDGED = 2000                       # samples of a row
-SHEET = (1, 3, 6), (0.2, 0.6, 1.0)                                          # columns, and shares of training
-PYRAMIDS = {8: (1, 2, 4, 8), 16: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)}        # whose speed is measured
+SIZES, LARGEST, STEPS = (1, 2, 3, 4, 5, 6), 7, 320                          # depths, and steps of each
+MEASURES = ('loss', 'loss_8x8', 'error', 'error_8x8')                       # of all scales, of the last one
+JUDGED = 2000                       # samples per row
+SHEET = (1, 3, 6), (0.2, 0.6, 1.0)                                          # depths, fractions of training
+PYRAMIDS = {8: (1, 2, 4, 8), 16: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)}        # for the speed study
 
 
 class Run(NamedTuple):
-    """A training of stage 2: the folder's name, and what is said to train.py beside the preset."""
+    """A training run of stage 2: the folder's name, and the flags of train.py besides the preset."""
     name: str
     flags: str
     steps: int
@@ -84,7 +84,7 @@ def parameters_of(config: VARConfig) -> int:
 
 
 def at_equal_compute(args: argparse.Namespace, name: str, flags: str, seed: int = 0) -> Run:
-    """A run that takes as many FLOPs as each row of the ablation."""
+    """A run with the ablation's training FLOPs per row."""
     flags = f'--depth 2 {flags}' if '--depth' not in flags else flags
     flops = flops_of(*settings_of(args.preset, flags))['train'] * batch_size(args)
     steps = max(5, round(args.share * SETTINGS[args.preset][1] / flops))
@@ -100,7 +100,7 @@ def folder_of(args: argparse.Namespace, name: str) -> Path:
 
 
 def result(args: argparse.Namespace, name: str) -> Path:
-    """A CSV or an image that a study writes: beside this file, or, of a trial, beside its runs."""
+    """Path of a CSV or image that a study writes: next to this file or, in a trial, next to its runs."""
     return (HERE if args.share == 1 else folder_of(args, '')) / name
 
 
@@ -109,7 +109,7 @@ def batch_size(args: argparse.Namespace) -> int:
 
 
 def call_train(args: argparse.Namespace, out: Path, flags: str):
-    """train.py, unless it is done: from the start, or from where it was stopped."""
+    """Runs train.py, or resumes it, unless the run is finished."""
     asked = ['--preset', args.preset, *flags.split(), '--dtype', args.dtype]
     last = read_save(out, mmap=True)
     if last:
@@ -130,14 +130,14 @@ def call_train(args: argparse.Namespace, out: Path, flags: str):
         try:
             said = (process.communicate()[1] or '').strip().splitlines()
             break
-        except KeyboardInterrupt:                               # train.py was asked, too, and saves
+        except KeyboardInterrupt:                               # train.py gets it too, and saves
             continue
-    check(process.returncode == 0, f'{out}: train.py ended with status {process.returncode}; repeat the '
-          f'command to go on, once what it says is mended: {said[-1] if said else "see above"}')
+    check(process.returncode == 0, f'{out}: train.py ended with status {process.returncode}; to '
+          f'resume, repeat the command after fixing this: {said[-1] if said else "see above"}')
 
 
 def train(args: argparse.Namespace, run: Run):
-    """Trains what isn't yet; first the tokenizer, if it has to be."""
+    """Trains a run unless it is finished; trains its tokenizer first if necessary."""
     out, order = folder_of(args, run.name), 'raster' if 'raster' in run.flags else 'scale'
     tokenizer = TOKENIZERS.get((args.preset, order))
     if tokenizer is None:
@@ -146,13 +146,13 @@ def train(args: argparse.Namespace, run: Run):
         steps = max(5, round(args.share * SETTINGS[args.preset][0]))
         call_train(args, folder, f'--stage vqvae {scales} --vqvae-steps {steps}')
         tokenizer = os.path.relpath(folder / 'vqvae.pt', HERE.parent)
-    cache = '' if args.share == 1 else '--no-cache-tokens'      # which takes longer than a trial
+    cache = '' if args.share == 1 else '--no-cache-tokens'      # caching takes longer than a trial
     call_train(args, out, f'--stage var --tokenizer {tokenizer} --keep-models {run.flags} --var-steps '
                f'{run.steps} --save-every-steps {max(1, run.steps // 5)} {cache}')
 
 
 def validations(out: Path) -> list[dict]:
-    """What train.py found on held-out images; error is 1 - accuracy."""
+    """Validation metrics that train.py logged; error is 1 - accuracy."""
     found = [{name: float(value) for name, value in row.items() if value and name != 'split'}
              for row in csv.DictReader((out / 'var.csv').read_text().splitlines()) if row['split'] == 'val']
     return [row | {name.replace('accuracy', 'error'): 1 - value for name, value in row.items()
@@ -170,7 +170,7 @@ def write_csv(path: Path, rows: list[dict]):
 
 
 def read_csv(path: Path) -> list[dict]:
-    """Rows of a CSV, numbers as numbers."""
+    """Rows of a CSV, with numbers as int or float."""
     def value(text: str):
         for kind in (int, float):
             try:
@@ -182,21 +182,21 @@ def read_csv(path: Path) -> list[dict]:
         rows = csv.DictReader(path.read_text().splitlines())
         return [{name: value(text) for name, text in row.items()} for row in rows]
     except OSError as error:
-        raise UserError(f'{path}: cannot be read ({error.strerror}); the study that writes it comes first'
+        raise UserError(f'{path}: cannot be read ({error.strerror}); run the study that writes it first'
                         ) from None
 
 
 # -------------------------------------------------------------------------------------------- the ablation
 class Images(NamedTuple):
-    """What samples are held against: the judge, and its features of as many test and training images."""
+    """For the evaluation of samples: the judge, and its features of JUDGED test and training images."""
     judge: Judge
     test: Tensor
     training: Tensor
 
 
 def ablation(args: argparse.Namespace):
-    """Trains all rows at equal compute, draws from each, and asks the judge; not again for rows that are
-    there, which the CSV would have to lose first."""
+    """Trains all rows at equal compute, and judges samples of each. Rows already in the CSV are kept: delete
+    a row to measure it again."""
     runs = {(stem, seed): at_equal_compute(args, stem, flags, seed)
             for _, stem, flags, seeds, _ in ROWS for seed in seeds}
     for run in runs.values():
@@ -215,7 +215,7 @@ def ablation(args: argparse.Namespace):
             if known := [row for row in before if same(row, key)]:
                 rows.append(known[0])
                 continue
-            if var.config.order not in ceilings:                        # no sample is better than these
+            if var.config.order not in ceilings:                        # no samples can be better than these
                 ceilings[var.config.order] = measure_tokenizer(tokenizer, real_images, images)
             rows.append(key | measure_samples(args, tokenizer, var, settings, images) |
                         ceilings[var.config.order])
@@ -224,7 +224,7 @@ def ablation(args: argparse.Namespace):
 
 
 def same(row: dict, key: dict) -> bool:
-    """Whether a row that was read says what key says."""
+    """Whether a row from a CSV matches key."""
     return all(row[name] == value if isinstance(value, str) else math.isclose(row[name], value, rel_tol=1e-5)
                for name, value in key.items())
 
@@ -237,7 +237,7 @@ def measure_run(args: argparse.Namespace, run: Run, var: VAR) -> dict:
 
 
 def measure_samples(args: argparse.Namespace, tokenizer: VQVAE, var: VAR, settings, images: Images) -> dict:
-    """JUDGED samples. Of several strengths of guidance, those that are nearest to training images."""
+    """Metrics of JUDGED samples, at the guidance strength with the lowest frechet_training."""
     labels, found, flops = [i % 10 for i in range(JUDGED)], [], flops_of(tokenizer.config, var.config)
     top_k = SETTINGS[args.preset][2] if 'top_k' in settings else 0
     for cfg in GUIDANCE if 'cfg' in settings else (0.0,):
@@ -256,7 +256,7 @@ def measure_samples(args: argparse.Namespace, tokenizer: VQVAE, var: VAR, settin
 
 @torch.no_grad()
 def measure_tokenizer(tokenizer: VQVAE, real_images: Tensor, images: Images) -> dict:
-    """Training images to test images, as they are (the floor) and reconstructed."""
+    """Distances of training images (the floor) and of their reconstructions to test images, and PSNR."""
     made = [tokenizer.decode(tokenizer.encode(to_float(part))) for part in real_images.split(100)]
     features = images.judge.features(to_uint8(torch.cat(made)))
     floor, distance = (frechet_distance(found, images.test) for found in (images.training, features))
@@ -265,7 +265,7 @@ def measure_tokenizer(tokenizer: VQVAE, real_images: Tensor, images: Images) -> 
 
 # ---------------------------------------------------------------------------------------------- scaling laws
 class PowerLaw(NamedTuple):
-    """y = factor * x ** alpha + constant, or (beta * x) ** alpha + constant; correlation is that of log x and
+    """y = factor * x ** alpha + constant, or (beta * x) ** alpha + constant; correlation is between log x and
     log(y - constant)."""
     alpha: float
     factor: float
@@ -281,10 +281,10 @@ class PowerLaw(NamedTuple):
 
 
 def fit_power_law(x, y, with_constant: bool = False) -> PowerLaw:
-    """Least squares of the logs. The constant, from 0 to almost the least y, is that of the best correlation.
-    Raises UserError where y doesn't fall as x rises."""
+    """Least-squares fit of the logs. The constant, between 0 and almost min(y), is that with the strongest
+    correlation. Raises UserError if y doesn't fall as x rises."""
     x, y = np.log(np.asarray(x, float)), np.asarray(y, float)
-    check(len(x) > 1 and np.polyfit(x, y, 1)[0] < -1e-12, 'no power law: what is measured does not fall')
+    check(len(x) > 1 and np.polyfit(x, y, 1)[0] < -1e-12, 'no power law: the measured value does not fall')
     fits = []
     for constant in y.min() * (1 - np.geomspace(1, 1e-4, 400)) if with_constant else [0.0]:
         logs = np.log(y - constant)
@@ -294,7 +294,7 @@ def fit_power_law(x, y, with_constant: bool = False) -> PowerLaw:
 
 
 def pareto_frontier(costs, losses) -> list[int]:
-    """Which points no other one beats at the same cost or less, by rising cost."""
+    """Indices of the points that no other point beats at equal or lower cost, by increasing cost."""
     order, found = np.lexsort((losses, costs)), []
     for i in order:
         if not found or losses[i] < losses[found[-1]]:
@@ -303,7 +303,7 @@ def pareto_frontier(costs, losses) -> list[int]:
 
 
 def log_of(run: Run, args: argparse.Namespace) -> list[dict]:
-    """A row for each validation of a run that is there."""
+    """A row for each validation of a run; none if the run does not exist."""
     out, configs = folder_of(args, run.name), settings_of(args.preset, run.flags)
     if not (out / 'var.csv').exists():
         return []
@@ -318,14 +318,14 @@ def log_of(run: Run, args: argparse.Namespace) -> list[dict]:
 
 
 def scaling_runs(args: argparse.Namespace) -> list[Run]:
-    """All runs that scaling-*.csv tells of: of equal steps, and two of the ablation, of equal compute."""
+    """All runs in scaling-*.csv: those of equal steps, and two of the ablation, of equal compute."""
     rows = {stem: flags for _, stem, flags, *_ in ROWS}
     return [*(of_size(args, depth) for depth in (*SIZES, LARGEST)),
             *(at_equal_compute(args, stem, rows[stem]) for stem in ('norm', 'deep'))]
 
 
 def collect(args: argparse.Namespace):
-    """scaling-*.csv: of runs that are here, what they found; of others, the rows that are there."""
+    """Writes scaling-*.csv from the logs of the runs that exist; keeps the rows of the others."""
     path = result(args, f'scaling-{args.preset}.csv')
     before = read_csv(path) if path.exists() else []
     rows = [row for run in scaling_runs(args)
@@ -340,19 +340,19 @@ def scaling(args: argparse.Namespace):
 
 
 def at_the_end(rows: list[dict], depths) -> list[dict]:
-    """Of the runs of equal steps, the last validation of each depth."""
+    """The last validation of each depth, from the runs of equal steps."""
     return [row for depth in depths for row in rows
             if row['run'] == f'size-{depth}' and row['step'] == row['steps']]
 
 
 def predict(args: argparse.Namespace):
-    """What the fits of the six sizes say of the seventh, before it is trained."""
+    """Predicts the seventh size from fits of the first six, before it is trained."""
     rows = read_csv(result(args, f'scaling-{args.preset}.csv'))
     ends, config = at_the_end(rows, SIZES), settings_of(args.preset, of_size(args, LARGEST).flags)[1]
     check(len(ends) == len(SIZES), f'scaling-{args.preset}.csv: has {len(ends)} of {len(SIZES)} sizes; '
-          '`studies.py scaling` comes first')
-    check(not at_the_end(rows, [LARGEST]), f'scaling-{args.preset}.csv: knows depth {LARGEST} already; that '
-          'would be no prediction')
+          'run `studies.py scaling` first')
+    check(not at_the_end(rows, [LARGEST]), f'scaling-{args.preset}.csv: already has depth {LARGEST}; this '
+          'would not be a prediction')
     found, parameters = [], parameters_of(config)
     for name in MEASURES:
         for with_constant in (0, 1):
@@ -363,14 +363,14 @@ def predict(args: argparse.Namespace):
 
 
 def largest(args: argparse.Namespace):
-    read_csv(result(args, f'prediction-{args.preset}.csv'))               # which has to be there before
+    read_csv(result(args, f'prediction-{args.preset}.csv'))               # must exist first
     train(args, of_size(args, LARGEST))
     collect(args)
 
 
 # ------------------------------------------------------------------------------------------ images and speed
 def sheet(args: argparse.Namespace):
-    """Sizes in columns, shares of training in rows: four images in each, of the same seed and labels."""
+    """Sizes in columns, fractions of training in rows: four samples in each, of the same seed and labels."""
     depths, shares = SHEET
     blocks = []
     for share in shares:
@@ -387,8 +387,8 @@ def sheet(args: argparse.Namespace):
 
 
 def speed(args: argparse.Namespace):
-    """Seconds of drawing with random weights of depth 2, guided: one image, and fifty in a batch. Medians of
-    five rounds, by turns."""
+    """Seconds of guided sampling with random weights at depth 2: one image, and a batch of fifty. Medians of
+    five rounds, with the runs interleaved."""
     rows, runs = [], []
     for side, order, batch in itertools.product(PYRAMIDS, ('raster', 'scale'), (1, 50)):
         scales = PYRAMIDS[side] if order == 'scale' else (side,)
@@ -411,14 +411,14 @@ def main(argv: list[str]):
     parser = Parser(prog='studies.py', description=__doc__)
     parser.add_argument('study', choices=list(STUDIES))
     parser.add_argument('--preset', choices=list(SETTINGS), default='cifar10-cpu', help='[cifar10-cpu]')
-    parser.add_argument('--data-dir', help='folder with CIFAR-10; absent: downloaded to data/')
+    parser.add_argument('--data-dir', help='folder with CIFAR-10 [downloaded to data/]')
     parser.add_argument('--dtype', choices=['auto', 'float32', 'bfloat16'], default='auto')
-    parser.add_argument('--share', type=POSITIVE, default=1.0, help='of the steps, for a trial [1]')
+    parser.add_argument('--share', type=POSITIVE, default=1.0, help='fraction of the steps, for a trial [1]')
     parser.add_argument('--out', default='out/studies', help='folder of all runs [out/studies]')
-    parser.add_argument('--quiet', action='store_true', help='nothing of what train.py says')
+    parser.add_argument('--quiet', action='store_true', help='hide the output of train.py')
     args = parser.parse_args(argv)
     choose_device('cpu')                                        # glibc keeps memory, for timings
-    args.data_dir = args.data_dir and str(Path(args.data_dir).resolve())        # train.py runs elsewhere
+    args.data_dir = args.data_dir and str(Path(args.data_dir).resolve())        # train.py has another cwd
     STUDIES[args.study](args)
 
 

@@ -1,4 +1,4 @@
-"""bench.py and costs.py: FLOPs are those that torch counts, memory is what autograd keeps."""
+"""bench.py and costs.py: FLOPs match the counts of torch, memory matches what autograd keeps."""
 import json
 import math
 import resource
@@ -43,10 +43,10 @@ def test_the_flops_are_those_that_torch_counts(flags, options):
     encoder = counted_flops(lambda: tokenizer.features(images))
     training = counted_flops(lambda: var(labels, inputs).sum().backward()) + encoder
     sampling = counted_flops(lambda: var.generate(tokenizer, labels))
-    # not in the formula: distances to codes and phis; and no gradient flows to the first inputs
+    # the formula omits code distances and phis, and counts a gradient to the inputs that is not computed
     assert row['training'] == pytest.approx(training, rel=0.02)
     assert row['sampling'] == pytest.approx(sampling, rel=0.02)
-    if not var.config.adaln:                            # a small part, which that tolerance would hide
+    if not var.config.adaln:                            # a small term, which that tolerance would hide
         assert row['training'] < costs.cost(parse(['--depth', '3', '--shared-adaln'])[0])['training']
 
 
@@ -84,7 +84,7 @@ def test_depth_chooses_the_released_recipe_of_stage_2_alone(depth):
                   for name in ('vqvae', 'var'))
     assert (vqvae.batch_size, var.batch_size, vqvae.last_lr, var.last_lr) == (768, batch, 0.1, last_lr)
     assert vqvae.micro_batch_size == (2 if depth == 36 else 8) <= var.micro_batch_size
-    args.micro_batch_size = 1                                                   # the flag is for both
+    args.micro_batch_size = 1                                                   # the flag is for both stages
     assert train.Trainer('vqvae', VQVAE(VQVAEConfig()), args, data, {}, [], [], 0.0).micro_batch_size == 1
 
 
@@ -136,5 +136,5 @@ def test_bench_of_the_loader_reads_what_a_whole_resize_reads(tmp_path, capsys):
 
 
 def test_bench_names_a_checkpoint_that_will_not_do(tiny_run):
-    with pytest.raises(sample.UserError, match="kind 'vqvae', but 'var' is needed"):
+    with pytest.raises(sample.UserError, match="kind 'vqvae', but 'var' is required"):
         bench.main(['--checkpoint', str(tiny_run / 'vqvae.pt')])

@@ -1,4 +1,4 @@
-"""What measures results: measure.py, curves.py, judge.py, and the committed model that README measures."""
+"""The measurements: measure.py, curves.py, judge.py, and the committed model that README reports on."""
 import csv
 import math
 import re
@@ -21,7 +21,7 @@ import judge
 import measure
 import sample
 import train
-from test_mistakes import README, check_wrong_flag, complaint
+from test_mistakes import RESULTS, check_wrong_flag, complaint
 from test_var import curve, run, seeded, tiny_run
 
 WRONG_FLAGS = """
@@ -35,7 +35,7 @@ WRONG_FLAGS = """
     edits.py RUN/vqvae.pt                           | vqvae.pt; kind 'vqvae'
     edits.py RUN/var.pt --count 0                   | --count: 0: must be 1 or more
     judge.py none.npz                               | none.npz; FileNotFoundError
-    judge.py RUN/var.csv                            | var.csv; not what sample.py --npz writes
+    judge.py RUN/var.csv                            | var.csv; not written by sample.py --npz
     costs.py --mfu 2                                | --mfu: 2: must be in (0, 1]
     costs.py --dept 3                               | unrecognized arguments: --dept 3
 """
@@ -54,7 +54,7 @@ def test_a_line_of_the_log_is_the_mean_of_its_steps_and_parts(tiny_run, tmp_path
 
 
 def test_measured_bits_and_psnr_are_those_of_validation(tiny_run):
-    """measure.py goes its own way to what train.py logged of the held-out drawings."""
+    """measure.py computes independently what train.py logged for the held-out drawn shapes."""
     tokenizer, var, _ = sample.load(tiny_run / 'var.pt')
     images, labels = train.draw_shapes(32, 2 ** 31)
     reconstructions, bits_L, hits_KV = measure.measure(tokenizer, var, images, labels)
@@ -81,7 +81,7 @@ def test_the_curves_of_a_run_are_drawn(folder, tiny_run, tmp_path):
     curves.main([str(log), str(tmp_path / 'curves.png')])
     image = np.asarray(Image.open(tmp_path / 'curves.png').convert('RGB')).astype(int)
     coloured = np.ptp(image, axis=2) > 40
-    assert image.shape == (440, 770, 3) and coloured.sum() > 2000        # not its legend alone
+    assert image.shape == (440, 770, 3) and coloured.sum() > 2000        # more than the legend
 
 
 @pytest.mark.parametrize('name', ['cifar10.pt', 'cifar10-h100.pt'])
@@ -92,7 +92,7 @@ def test_the_committed_models_are_small_and_draw_every_class(name):
     tokenizer, var, defaults = sample.load(path)
     assert var.class_names == train.CIFAR10_CLASSES
     images = next(sample.draw(tokenizer, var, list(range(10)), 0, 10, **defaults))[0]
-    assert images.shape == (10, 3, 32, 32) and images.std((1, 2, 3)).min() > 0.05       # none is a flat grey
+    assert images.shape == (10, 3, 32, 32) and images.std((1, 2, 3)).min() > 0.05       # none is flat grey
 
 
 def test_bfloat16_logits_are_near_float32_and_choose_the_same_tokens():
@@ -105,39 +105,39 @@ def test_bfloat16_logits_are_near_float32_and_choose_the_same_tokens():
         with torch.autocast('cpu', dtype=torch.bfloat16):
             logits_BLV = var(labels, inputs_BLC)
     error, same = (logits_BLV - exact).norm() / exact.norm(), logits_BLV.argmax(-1) == exact.argmax(-1)
-    print(f'bfloat16: relative error {error:.1e}, {same.float().mean():.2%} of the likeliest tokens the same')
+    print(f'bfloat16: relative error {error:.1e}, {same.float().mean():.2%} of the most likely tokens agree')
     assert error <= 1e-2 and same.float().mean() >= 0.98
 
 
 def test_the_frechet_distance_is_that_of_two_gaussians():
     a = torch.randn(500, 6) @ torch.randn(6, 6)
-    assert judge.frechet_distance(a, a + 2) == pytest.approx(6 * 4, rel=1e-6)           # 0 but for the shift
+    assert judge.frechet_distance(a, a + 2) == pytest.approx(6 * 4, rel=1e-6)           # only from the shift
     thrice = judge.frechet_distance(a, 3 * a - 2 * a.mean(0))   # the same mean, nine times the covariance
     assert thrice == pytest.approx((3 - 1) ** 2 * a.T.cov().trace().item(), rel=1e-4)
     b = torch.randn(400, 6) @ torch.randn(6, 6)                 # covariances that do not commute
     A, B = a.double().T.cov(), b.double().T.cov()
-    between = torch.linalg.eigvals(A @ B).real.sqrt().sum()     # the trace of the root of a product
+    between = torch.linalg.eigvals(A @ B).real.sqrt().sum()     # the trace of the root of the product
     expected = (a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * between
     assert judge.frechet_distance(a, b) == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_precision_and_recall_count_who_stands_among_the_others():
-    real = torch.arange(10.0)[:, None]          # each one's third neighbour is 2 away, at the ends 3
+    real = torch.arange(10.0)[:, None]          # the third neighbour is 2 away, or 3 at the ends
     made = torch.tensor([4.5, 4.6, 4.8, 4.9, 8.5, -2.9, -3.1, 11.9, 12.1, 40, 50, 60])[:, None]
     precision, recall = judge.precision_and_recall(made[:5], real)
-    assert precision == 1 and recall == pytest.approx(0.5)      # 8.5 sees down to 4.6, the others 0.4
+    assert precision == 1 and recall == pytest.approx(0.5)      # 8.5 reaches down to 4.6; other radii: 0.4
     precision, recall = judge.precision_and_recall(made, real)
     assert precision == pytest.approx(7 / 12)   # -3.1 and 12.1 are just too far from the ends
     assert judge.precision_and_recall(real, real) == (1, 1)
     assert judge.precision_and_recall(real + 100, real) == (0, 0)
     collapsed = 4.5 + torch.linspace(0, 0.01, 10)[:, None]
-    assert judge.precision_and_recall(collapsed, real) == (1, 0)    # good ones, and all alike
+    assert judge.precision_and_recall(collapsed, real) == (1, 0)    # good samples, all alike
 
 
 def test_the_inception_score_counts_classes_that_are_told_apart():
     assert judge.inception_score(torch.eye(10)) == pytest.approx(10)
-    assert judge.inception_score(torch.full((50, 10), 0.1)) == pytest.approx(1)         # nothing is clear
-    assert judge.inception_score(torch.eye(10)[[3] * 50]) == pytest.approx(1)           # all is one class
+    assert judge.inception_score(torch.full((50, 10), 0.1)) == pytest.approx(1)         # all uncertain
+    assert judge.inception_score(torch.eye(10)[[3] * 50]) == pytest.approx(1)           # all one class
     assert judge.inception_score(torch.eye(10)[[3, 7] * 9]) == pytest.approx(2)
 
 
@@ -145,15 +145,15 @@ def test_a_square_of_each_image_is_cut_out_somewhere():
     torch.manual_seed(0)
     gone = (judge.cut_out(torch.ones(2000, 3, 32, 32), 8) == 0).all(1)
     counts = gone.sum((1, 2))
-    assert counts.max() == 64 and counts.min() < 32 and 35 < counts.float().mean() < 55  # some partly out
-    assert gone.float().mean(0).min() > 0.02                                            # each place at times
+    assert counts.max() == 64 and counts.min() < 32 and 35 < counts.float().mean() < 55  # some cross the edge
+    assert gone.float().mean(0).min() > 0.02                                            # each pixel sometimes
     whole = gone[counts == 64].nonzero()
     assert (whole[:64, 1:].amax(0) - whole[:64, 1:].amin(0)).tolist() == [7, 7]
 
 
 @pytest.mark.slow
 def test_both_judges_of_shapes_agree_on_what_is_a_good_drawing(tmp_path, capsys, monkeypatch):
-    """Drawings are as good as training images; shuffled labels and noise are seen by both."""
+    """Both rate new drawn shapes like training images, and detect wrong labels and noise."""
     few = *train.draw_shapes(4000, judge.SEED), *train.draw_shapes(1000, judge.SEED + 1)
     monkeypatch.setattr(judge, 'read_images', lambda *args: few)
     monkeypatch.chdir(tmp_path)
@@ -198,12 +198,12 @@ def test_the_judge_names_samples_that_it_cannot_judge(tmp_path, capsys, monkeypa
     arrays = dict(np.load('old.npz'))
     del arrays['class_names']
     np.savez('old.npz', **arrays)
-    for name, words in dict(size='28x28; 32x32', classes='32x32 of truck, ship; shapes and CIFAR-10',
+    for name, words in dict(size='28x28; 32x32', classes='32x32 images of truck, ship; shapes or CIFAR-10',
                             few='64 images of 10 classes; covariance of 64; needs 65',
                             lack='300 images of 1 classes; of all 10',
                             null='330 images of 11 classes; of all 10',
-                            old='not what sample.py --npz writes',
-                            labels='not what sample.py --npz writes').items():
+                            old='not written by sample.py --npz',
+                            labels='not written by sample.py --npz').items():
         error = complaint(judge.main, [f'{name}.npz'], capsys, monkeypatch)
         assert f'{name}.npz' in error and all(word in error for word in words.split('; ')), error
     train.save_checkpoint(Path('other.pt'), 'var')
@@ -213,7 +213,7 @@ def test_the_judge_names_samples_that_it_cannot_judge(tmp_path, capsys, monkeypa
 
 @pytest.fixture(scope='session')
 def cifar10(tmp_path_factory) -> Path:
-    """The folder that holds CIFAR-10's binary files."""
+    """The folder with the binary files of CIFAR-10."""
     if (ROOT / 'data/cifar-10-batches-bin').is_dir():
         return ROOT / 'data'
     unpack, folder = ROOT.parent / 'shared/tools/unpack_cifar10.py', tmp_path_factory.mktemp('cifar10')
@@ -225,13 +225,13 @@ def cifar10(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_the_committed_model_measures_what_readme_says(cifar10, capsys):
-    """On a fifth of the images that README's figures are of, so within 1%."""
+    """On a fifth of the images behind the numbers in README, so within 1%."""
     measure.main([str(HERE / 'cifar10.pt'), '--data-dir', str(cifar10), '--count', '2000'])
     *_, row, _, line = capsys.readouterr().out.strip().splitlines()
-    said, = re.findall(r'^\| all \| 85 .*$', README, flags=re.M)
+    said, = re.findall(r'^\| all \| 85 .*$', RESULTS, flags=re.M)
     found, claimed = ([float(number) for number in re.findall(r'[\d.]*\d', text)] for text in (row, said))
     assert found == pytest.approx(claimed, rel=0.01), row               # codes, perplexity, bits a token
-    said, = re.findall(r'^10000 test images: .*$', README, flags=re.M)
+    said, = re.findall(r'^10000 test images: .*$', RESULTS, flags=re.M)
     found, claimed = ([float(number) for number in re.findall(r'[\d.]*\d', text)] for text in (line, said))
     assert found[1:] == pytest.approx(claimed[1:], rel=0.01), line      # PSNR and bits an image
 
@@ -256,24 +256,24 @@ def test_an_edit_is_measured_where_it_was_to_change_nothing(tiny_run):
     images, labels = train.draw_shapes(20, 3)
     regions = edits.regions(images, are_shapes=True)
     assert [round(region.float().mean().item(), 4) for region in regions.values()][:3] == [0.25, 0.75, 0.5625]
-    figure = regions['another class by a mask of the figure']
-    ground = images[0, :, 0, 0].float()[:, None]                # the first is a disc
+    figure = regions['another class by a mask of the shape']
+    ground = images[0, :, 0, 0].float()[:, None]                # the first image is a disc
     assert ((images[0].float()[:, ~figure[0]] - ground).abs() <= 25).all() and figure.float().mean() < 0.7
     nothing = torch.zeros(20, 32, 32, dtype=torch.bool)
     made = edits.edit(tokenizer, var, defaults, images, labels, nothing)
     assert torch.equal(made, tokenizer.decode(tokenizer.encode(train.to_float(images))))
     right = train.to_float(images)
-    right[:, :, 8:24, 8:24] = 0.0                               # wrong where it may be
+    right[:, :, 8:24, 8:24] = 0.0                               # inside the region, errors do not count
     right[0, 0, 0, 0] += 0.5
     found = edits.psnr_outside(right, images, regions['in-painting of the centre'])
     assert found == pytest.approx(-10 * math.log10(0.25 / 3 / (20 * 768) / 4), rel=1e-4)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (ROOT / 'out/shapes/var.pt').exists(), reason='needs what `python train.py` leaves')
+@pytest.mark.skipif(not (ROOT / 'out/shapes/var.pt').exists(), reason='needs the output of `python train.py`')
 def test_the_default_run_draws_and_edits_what_was_asked_for(tmp_path):
-    """1,000 samples at the checkpoint's own defaults, judged by a classifier that knows the drawings; then
-    1,000 drawings whose centre is drawn anew, or whose figure becomes one of another class."""
+    """1,000 samples at the checkpoint's defaults, judged by a classifier trained on drawn shapes; then 1,000
+    edits: a region such as the centre is regenerated, or the shape becomes one of another class."""
     tokenizer, var, defaults = sample.load(ROOT / 'out/shapes/var.pt')
     labels = torch.arange(1000) % 10
     batches = sample.draw(tokenizer, var, labels.tolist(), 1, 100, **defaults)

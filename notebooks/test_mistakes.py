@@ -1,4 +1,4 @@
-"""What train.py and sample.py say of mistakes: exit status 2, one line, and nothing is lost. And README."""
+"""User errors in train.py and sample.py: exit status 2, one line, nothing is lost. Also README's commands."""
 import hashlib
 import os
 import re
@@ -23,12 +23,12 @@ from test_var import TINY, curve, resume, run, same_weights, seeded, stopped, ti
 
 
 def complaint(main, arguments, capsys, monkeypatch, ignore='it/s') -> str:
-    """What a command that can't be done says on stderr: exit status 2 and one line."""
+    """The error of a command that must fail: exit status 2 and one line on stderr."""
     monkeypatch.setattr(sys, 'argv', ['command', *map(str, arguments)])
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         sample.run_command(main)
-    lines = capsys.readouterr().err.splitlines()            # perhaps a progress bar, then the one line
+    lines = capsys.readouterr().err.splitlines()            # possibly a progress bar, then the error
     assert stop.value.code == 2 and lines[-1].startswith('error: '), lines
     assert all(re.search('it/s|batch/s|s/it|^ *$|' + ignore, line) for line in lines[:-1]), lines
     return lines[-1]
@@ -42,14 +42,14 @@ WRONG_FLAGS = """
     train.py --batch-size 100000                    | --batch-size 100000: only 64 images
     train.py --vqvae-lr nan                         | --vqvae-lr: nan; above 0
     train.py --device meta                          | --device meta; cpu
-    train.py --scales 1 4 2 8                       | --scales (1, 4, 2, 8); rise
+    train.py --scales 1 4 2 8                       | --scales (1, 4, 2, 8); increasing
     train.py --order raster                         | --scales (1, 2, 4, 8): not for order raster; one map
     train.py --stage var --tokenizer CIFAR --vocab-size 99  | --vocab-size 99; has 1024; omit the flag
     train.py --order snake                          | order snake; raster
     train.py --data-dir .                           | --data-dir .: no images in ./<class>/; train/<class>/
     train.py --data-dir nowhere                     | --data-dir nowhere: no images; train/<class>/
-    train.py --resume --overwrite                   | --resume, --overwrite: say one or the other
-    train.py --budget-minutes 3 --vqvae-steps 3     | --budget-minutes, --vqvae-steps: say one or the other
+    train.py --resume --overwrite                   | --resume, --overwrite: use one or the other
+    train.py --budget-minutes 3 --vqvae-steps 3     | --budget-minutes, --vqvae-steps: use one or the other
     train.py --tokenizer x.pt                       | --tokenizer; --stage var
     train.py --stage var                            | no tokenizer; --tokenizer
     train.py --stage var --tokenizer RUN/last.pt    | last.pt; kind 'resume'
@@ -60,7 +60,7 @@ WRONG_FLAGS = """
     train.py --preset imagenet256                   | --preset imagenet256; --data-dir
     train.py --adversarial-weight 1 --image-size 16 --scales 1 4 | --adversarial-weight; 24 pixels
     train.py --perceptual lpips                     | --perceptual: needs a weight
-    train.py --preset cifar10 --data-dir nowhere    | data_batch_1.bin: 0 bytes; binary version
+    train.py --preset cifar10 --data-dir nowhere    | data_batch_1.bin: 0 of; binary CIFAR-10
     train.py --seed 3000000000                      | --seed: 3000000000; below 2^31
 """
 
@@ -84,7 +84,7 @@ def test_a_wrong_flag_is_named(line, tiny_run, tmp_path, capsys, monkeypatch):
 
 
 class Bomb:
-    """Makes a folder when it is unpickled freely."""
+    """Creates a folder when unpickled without restrictions."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -99,7 +99,8 @@ def test_a_file_that_is_no_such_checkpoint_is_named_and_runs_nothing(tiny_run, t
     (tmp_path / 'empty.pt').write_bytes(b'')
     torch.save([1, 2], tmp_path / 'list.pt')
     torch.save(Bomb(tmp_path / 'ran'), tmp_path / 'code.pt')
-    for name, word in dict(torn='torn', empty='torn', list='torn', code='torn', gone='No such file').items():
+    words = dict.fromkeys(['torn', 'empty', 'list', 'code'], 'corrupt') | dict(gone='No such file')
+    for name, word in words.items():
         arguments = [tmp_path / f'{name}.pt', '--out', tmp_path / 'x.png']
         error = complaint(sample.main, arguments, capsys, monkeypatch)
         assert f'{name}.pt' in error and word in error, error
@@ -110,7 +111,7 @@ def test_a_file_that_is_no_such_checkpoint_is_named_and_runs_nothing(tiny_run, t
         torch.save(checkpoint, tmp_path / 'damaged.pt')
         arguments = [tmp_path / 'damaged.pt', '--out', tmp_path / 'x.png']
         error = complaint(sample.main, arguments, capsys, monkeypatch)
-        assert 'damaged.pt: torn, or not what it should be;' in error
+        assert 'damaged.pt: corrupt, or not the expected file;' in error
     assert not [name for name in ('x.png', 'ran') if (tmp_path / name).exists()]
 
 
@@ -123,7 +124,7 @@ def test_a_last_pt_of_another_program_is_left_alone(tmp_path, capsys, monkeypatc
         for flags in ('', '--resume', '--overwrite'):
             arguments = [*TINY.split(), *flags.split(), '--out', tmp_path]
             error = complaint(train.main, arguments, capsys, monkeypatch)
-            assert 'last.pt: ' in error and 'it stays as it is: remove it, or choose another --out' in error
+            assert 'last.pt: ' in error and 'left unchanged: remove it, or choose another --out' in error
             assert [path.name for path in tmp_path.iterdir()] == ['last.pt']
             assert (tmp_path / 'last.pt').read_bytes() == before
 
@@ -152,7 +153,7 @@ def test_other_images_than_those_of_the_run_are_refused(tmp_path, capsys, monkey
     before = (out / 'last.pt').read_bytes()
     (folder / 'train/cat/new.png').write_bytes((folder / 'train/cat/0001.png').read_bytes())
     error = complaint(train.main, ['--resume', '--out', out], capsys, monkeypatch, 'held out')
-    assert 'other images than the run to resume' in error and (out / 'last.pt').read_bytes() == before
+    assert 'not the images that the run to resume' in error and (out / 'last.pt').read_bytes() == before
     (folder / 'train/cat/new.png').unlink()
     tokenizer, var, _ = sample.load(resume(out) / 'var.pt')
     assert var.class_names == ['bird', 'cat', 'dog'] and var.config.num_classes == 3
@@ -161,7 +162,7 @@ def test_other_images_than_those_of_the_run_are_refused(tmp_path, capsys, monkey
 def test_a_log_that_cannot_be_written_is_said_once_and_a_model_ends_the_run(tiny_run, tmp_path, capsys,
                                                                             monkeypatch):
     out, log = tmp_path / 'run', tmp_path / 'run/vqvae.csv'
-    log.mkdir(parents=True)                                         # as open in a spreadsheet on Windows
+    log.mkdir(parents=True)                                         # as if open in a spreadsheet on Windows
     usual = train.Trainer.end_step
 
     def end_step(trainer):
@@ -185,7 +186,7 @@ def test_a_loss_that_explodes_ends_the_run_before_a_save(flags, tiny_run, tmp_pa
     out = shutil.copytree(tiny_run, tmp_path / 'run')
     arguments = f'{TINY} {flags} --stage var --var-lr 1e30 --var-steps 8 --overwrite --out {out}'.split()
     error = complaint(train.main, arguments, capsys, monkeypatch)
-    assert re.search(r'var: \w+ is (nan|inf) at step \d or just before; the last save stands;', error)
+    assert re.search(r'var: \w+ is (nan|inf) at step \d or just before; last.pt is intact;', error)
     last = torch.load(out / 'last.pt', weights_only=True)
     assert last['step'] == 0 and all(weight.isfinite().all() for weight in last['weights']['var'].values())
     assert (resume(out, '--var-lr 1e-3') / 'var.pt').exists()                           # as the message says
@@ -196,7 +197,7 @@ def test_help_names_every_flag_with_its_defaults_in_all_presets(capsys):
         train.build_parser().parse_args(['--help'])
     text = ' '.join(capsys.readouterr().out.split())
     assert text.startswith('usage: train.py [flags]') and '--no-unit-norm' in text
-    assert '--batch-size BATCH_SIZE images a step over all GPUs [64; shapes: 16; cifar10: 256;' in text
+    assert '--batch-size BATCH_SIZE images per step over all GPUs [64; shapes: 16; cifar10: 256;' in text
     assert len(train.FLAGS) <= 58 and all(train.flag(name) in text for name, *_ in train.FLAGS)
 
 
@@ -206,7 +207,7 @@ def test_a_download_is_whole_or_not_at_all(tmp_path, capfd):
         tar.add(ROOT / 'LICENSE', 'cifar-10-batches-bin/test_batch.bin')
     whole = archive.read_bytes()
     url, sha256 = archive.as_uri(), hashlib.sha256(whole).hexdigest()
-    archive.write_bytes(whole[:-9])                                 # broken off
+    archive.write_bytes(whole[:-9])                                 # truncated
     for url_then, words in [(url, 'invalid hash value.*--data-dir'), (url + '.gone', '--data-dir')]:
         with pytest.raises(sample.UserError, match=words):
             train.download_cifar10(data, url_then, sha256)
@@ -217,20 +218,53 @@ def test_a_download_is_whole_or_not_at_all(tmp_path, capfd):
     assert len(list(data.iterdir())) == 1
 
 
-# ---------------------------------------------------------------------------------------------- README
-README = (ROOT / 'README.md').read_text()
-COMMANDS = [line for block in re.findall(r'```bash\n(.*?)```', README, re.S) for line in block.splitlines()]
+# --------------------------------------------------------------------------------- README and the other pages
+PAGES = {path: path.read_text() for path in (ROOT / 'README.md', *sorted((ROOT / 'notebooks').rglob('*.md')))}
+RESULTS = PAGES[ROOT / 'notebooks/results.md']
+COMMANDS = [line for text in PAGES.values() for block in re.findall(r'```bash\n(.*?)```', text, re.S)
+            for line in block.splitlines()]
+COMMANDS += [line for text in PAGES.values()
+             for line in re.findall(r'`((?:python|pytest|torchrun) [^`]+)`', text)]
 
 
-def test_every_command_in_readme_parses_and_its_first_two_are_what_ci_runs():
-    assert COMMANDS[:2] == ['pip install -r requirements.txt && python train.py',
-                            'pip install -r requirements-dev.txt && pytest']
-    text = '\n'.join([*COMMANDS, sample.__doc__, train.__doc__, ''])
+def test_the_two_pip_lines_of_readme_are_what_ci_runs():
+    assert [line for line in PAGES[ROOT / 'README.md'].splitlines() if line.startswith('pip install')] == [
+        'pip install -r requirements.txt && python train.py', 'pip install -r requirements-dev.txt && pytest']
+    assert 'grep "^pip install" README.md' in (ROOT / '.ci/run').read_text()
+
+
+def test_every_command_on_the_pages_names_a_script_its_flags_and_its_tests():
+    text = '\n'.join([*COMMANDS, sample.__doc__, train.__doc__, '']).replace(' --help', '')
     for module, script in ((train, 'train.py'), (sample, 'sample.py')):
-        found = re.findall(rf'(?:python|torchrun --nproc-per-node 8) {script}(.*?)(?:&&|\n)', text)
+        found = re.findall(rf'(?:python|torchrun .*?) {script}(.*?)(?:&&|\n)', text)
         assert len(found) > 5
         for flags in found:
             module.build_parser().parse_args(shlex.split(flags, comments=True))
+    of_train = ' '.join(f"'{train.flag(name)}'" for name, *_ in train.FLAGS)
+    for script, flags in re.findall(r'python (notebooks/\S+\.py)(.*?)(?:&&|\n)', text):
+        known = (ROOT / script).read_text() + of_train * script.endswith(('bench.py', 'costs.py'))
+        for flag in re.findall(r' --(?:no-)?([a-z-]+)', flags):
+            assert f"'--{flag}'" in known, (script, flag)
+    tests = ''.join(path.read_text() for path in (ROOT / 'notebooks').rglob('test_*.py'))
+    tests += (ROOT / 'test_var.py').read_text()
+    tests = re.findall(r'def (test_\w+)', tests) + re.findall(r"'(\w+)'", tests)        # names; ids of cases
+    for expression in re.findall(r'pytest .*?-k (?:"([^"]+)"|(\w+))', text):
+        for word in ''.join(expression).split(' or '):
+            assert any(word in name for name in tests), word
+
+
+def test_every_relative_link_on_the_pages_leads_to_a_file_and_a_heading():
+    for page, text in PAGES.items():
+        prose = re.sub(r'```.*?```|`[^`]*`', '', text, flags=re.S)
+        links = re.findall(r'\]\((?!http)([^)#]*)(#[^)]*)?\)', prose)
+        assert links or page.parent != ROOT
+        for name, anchor in links:
+            target = page.parent / name if name else page
+            assert target.exists(), (page.name, name)
+            if anchor:
+                headings = re.findall(r'^#+ (.*)', PAGES[target.resolve()], flags=re.M)
+                slugs = [re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-') for heading in headings]
+                assert anchor[1:] in slugs, (page.name, name, anchor)
 
 
 def test_readmes_first_line_trains_and_draws_with_its_steps_cut_to_2(tmp_path):
@@ -239,7 +273,7 @@ def test_readmes_first_line_trains_and_draws_with_its_steps_cut_to_2(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == status, done.stderr
         return done
-    python(COMMANDS[0].split('python ')[1] + ' --vqvae-steps 2 --var-steps 2 --train-count 100')
+    python('train.py --vqvae-steps 2 --var-steps 2 --train-count 100')
     draw = 'sample.py out/shapes/var.pt'
     python(f'{draw} --labels 3 Heart --count 5 --npz a.npz --show-scales --out a.png')
     assert Image.open(tmp_path / 'a.png').size == (4 * (4 * 34 - 2), 4 * (5 * 34 - 2))

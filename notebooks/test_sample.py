@@ -1,4 +1,4 @@
-"""sample.py: images as people have them, edits, class names, the authors' weights, exports, mistakes."""
+"""sample.py: real-world image files, edits, class names, the authors' weights, exports, user errors."""
 import os
 import re
 import shutil
@@ -29,30 +29,30 @@ import var as var_module
 
 @pytest.fixture(scope='module')
 def model(tiny_run):
-    """The checkpoint of a tiny run, and what is in it: latents of 8x8, 4 pixels each; scales 1, 2, 8."""
+    """The checkpoint of a tiny run and its contents: 8x8 latents, 4 pixels wide each; scales 1, 2, 8."""
     return tiny_run / 'var.pt', *sample.load(tiny_run / 'var.pt')
 
 
 @pytest.fixture
 def photo(tmp_path):
-    """A drawing as a file of the model's own size, and its pixels (3, 32, 32)."""
+    """An image file of a drawn shape in the model's own size, and its pixels (3, 32, 32)."""
     pixels = train.draw_shapes(4, 7)[0][3]
     Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(tmp_path / 'photo.png')
     return tmp_path / 'photo.png', pixels
 
 
 def draw(path: Path, *flags) -> np.ndarray:
-    """What `sample.py ... --npz path` draws: uint8 (N, H, W, 3)."""
+    """The images that `sample.py ... --npz path` draws: uint8 (N, H, W, 3)."""
     sample.main([str(flag) for flag in (*flags, '--npz', path)])
     return np.load(path)['arr_0']
 
 
 # --------------------------------------------------------------------------------------------- reading images
-RAMP = np.linspace(0, 1, 64)[None].repeat(64, 0)                # dark at the left, bright at the right
-SQUARE = np.zeros((64, 64, 4), np.uint8)                        # red, on a transparent ground
+RAMP = np.linspace(0, 1, 64)[None].repeat(64, 0)                # dark on the left, bright on the right
+SQUARE = np.zeros((64, 64, 4), np.uint8)                        # red on a transparent background
 SQUARE[16:48, 16:48] = 255, 0, 0, 255
 CLEAR, HALF = Image.fromarray(SQUARE), Image.fromarray(SQUARE[..., :3])
-WIDE = Image.new('RGB', (96, 64))                               # red at the left
+WIDE = Image.new('RGB', (96, 64))                               # red on the left
 WIDE.paste('red', (0, 0, 48, 64))
 
 
@@ -97,13 +97,13 @@ def test_an_image_lies_as_the_camera_was_held(name, orientation, red, tmp_path):
 
 @pytest.mark.slow
 def test_what_every_viewer_opens_is_read_without_a_warning(tmp_path):
-    """Damaged metadata, a moving image, 196 megapixels; a drawing of the right size stays as it is."""
+    """Damaged metadata, an animation, 196 megapixels; an image of the right size is unchanged."""
     exif = Image.Exif()
     exif[0x0112] = 6
     WIDE.save(tmp_path / 'a.jpg', exif=exif)
     content = bytearray((tmp_path / 'a.jpg').read_bytes())
     start = content.index(b'Exif')
-    content[start + 20:start + 30] = b'\xff' * 10               # its table
+    content[start + 20:start + 30] = b'\xff' * 10               # the Exif table
     (tmp_path / 'a.jpg').write_bytes(content)
     WIDE.save(tmp_path / 'moves.gif', save_all=True, append_images=[WIDE.rotate(180)])
     for name in ('a.jpg', 'moves.gif'):
@@ -136,7 +136,7 @@ def test_a_crop_is_what_resizing_the_whole_image_and_cutting_gives(w, h, tmp_pat
     (b'\0\0\0\x18ftypmif1\0\0\0\0mif1heic', 'HEIC'), (b'no image', 'cannot identify image file'),
     (b'', 'cannot identify image file'), (None, 'palette index out of range')])
 def test_what_is_no_image_is_named_and_so_is_heic(content, words, model, tmp_path, capsys, monkeypatch):
-    if content is None:                                         # 256 colours, transparency of 300
+    if content is None:                                         # 256 colours, 300 transparency values
         WIDE.quantize(256).save(tmp_path / 'a.jpg', 'PNG', transparency=bytes(256))
         content = (tmp_path / 'a.jpg').read_bytes()
         start = content.index(b'tRNS')
@@ -153,7 +153,7 @@ def test_what_is_no_image_is_named_and_so_is_heic(content, words, model, tmp_pat
 def test_an_image_of_32_bits_says_what_would_do(tmp_path):
     for kind in (np.float32, np.int32):
         Image.fromarray(RAMP.astype(kind)).save(tmp_path / 'a.tif')
-        with pytest.raises(sample.UserError, match='a.tif: .*has 32 bits a channel; save it with 8 or 16'):
+        with pytest.raises(sample.UserError, match='a.tif: .*has 32 bits per channel; save it with 8 or 16'):
             sample.open_image(tmp_path / 'a.tif')
 
 
@@ -174,8 +174,8 @@ def test_an_edit_keeps_the_tokens_that_its_box_does_not_touch_and_draws_the_othe
         assert torch.equal(kept[0, 5:].view(8, 8), ~region) and kept[0, 0]
         batches = sample.draw(*model[1:3], [10] * 3, 0, 50, kept_BL=edit.kept_1L, **model[3])
         tokens_BL = torch.cat([tokens_BL for _, tokens_BL in batches])
-        assert torch.equal(tokens_BL[:, kept[0]], own_1L[:, kept[0]].expand(3, -1))     # all of them
-        assert len({tuple(row) for row in tokens_BL[:, ~kept[0]].tolist()}) == 3        # each image its own
+        assert torch.equal(tokens_BL[:, kept[0]], own_1L[:, kept[0]].expand(3, -1))     # in all images
+        assert len({tuple(row) for row in tokens_BL[:, ~kept[0]].tolist()}) == 3        # different per image
 
 
 def drawn_anew(edit) -> list[list[int]]:
@@ -185,27 +185,27 @@ def drawn_anew(edit) -> list[list[int]]:
 
 def test_a_mask_is_white_or_white_paint_on_nothing_or_a_photograph_with_a_hole(model, photo, tmp_path, capsys,
                                                                                monkeypatch):
-    """A latent is drawn anew if the mask touches a pixel of it. Of 16 bits a mask may be, too."""
+    """A latent is regenerated if the mask touches any of its pixels. Masks can also have 16 bits."""
     marked = np.zeros((32, 32), np.uint8)
-    marked[15, 4:9] = 255                                       # of latents 1 and 2 of row 3
+    marked[15, 4:9] = 255                                       # in latents 1 and 2 of row 3
     layer, hole = Image.new('RGBA', (32, 32)), Image.open(photo[0])
     layer.paste('white', mask=Image.fromarray(marked))
     hole.putalpha(Image.fromarray(255 - marked))
-    bright = Image.new('RGBA', (32, 32), (254, 254, 220))       # almost white all over, but not quite
+    bright = Image.new('RGBA', (32, 32), (254, 254, 220))       # almost white everywhere, but not quite
     bright.putalpha(Image.fromarray(255 - marked))
-    soft = Image.new('RGBA', (32, 32), (255, 255, 255, 0))      # a brush of 80%, with a soft edge
+    soft = Image.new('RGBA', (32, 32), (255, 255, 255, 0))      # an 80% brush with a soft edge
     soft.putalpha(Image.fromarray(marked // 255 * 204 + np.roll(marked, 1, 0) // 255 * 60))
     for mask in (Image.fromarray(marked), Image.fromarray(marked).convert('1'), layer, hole, bright, soft,
                  Image.fromarray(marked.astype(np.uint16) * 257)):
         mask.save(tmp_path / 'mask.png')
         assert drawn_anew(edit_of(model, photo, f'--mask {tmp_path}/mask.png')) == [[3, 1], [3, 2]], mask
     outside = edit_of(model, photo, f'--mask {tmp_path}/mask.png --outpaint')
-    assert len(drawn_anew(outside)) == 64                       # no latent lies within a row of pixels
+    assert len(drawn_anew(outside)) == 64                       # no latent fits in one row of pixels
     hole.putalpha(200)
     hole.save(tmp_path / 'mask.png')                            # neither paint nor a hole
     arguments = [model[0], '--image', photo[0], '--mask', tmp_path / 'mask.png', '--out', tmp_path / 'x.png']
     error = complaint(sample.main, arguments, capsys, monkeypatch)
-    assert 'marks nothing' in error and 'white paint' in error and 'transparent hole of a photograph' in error
+    assert 'marks nothing' in error and 'white paint' in error and 'transparent hole' in error
 
 
 def test_keep_scales_goes_on_from_the_first_scales(model, photo):
@@ -237,7 +237,7 @@ def test_paste_puts_the_photographs_pixels_back_outside_of_the_mask_and_its_feat
 def test_the_sheet_of_an_edit_begins_with_the_photograph_and_what_is_kept(model, photo, tmp_path, capsys):
     flags = f'{model[0]} --image {photo[0]} --box 0.5 0 1 1 --count 3 --paste --out {tmp_path}/o.png'
     sample.main(flags.split())
-    assert '35 of 69 tokens are kept of ' in capsys.readouterr().out
+    assert '35 of 69 tokens kept from ' in capsys.readouterr().out
     sheet = np.asarray(Image.open(tmp_path / 'o.png'))[::4, ::4]
     own, kept, *drawn = (sheet[:, x:x + 32] for x in range(0, 5 * 34, 34))
     assert (own == photo[1].permute(1, 2, 0).numpy()).all()
@@ -248,6 +248,7 @@ def test_the_sheet_of_an_edit_begins_with_the_photograph_and_what_is_kept(model,
     coarse = sample.to_uint8(model[1].decode_f_hat(model[1].f_hats(tokens_1L)[1]))[0]
     kept = np.asarray(Image.open(tmp_path / 'k.png'))[:128:4, 136:264:4]
     assert (kept == coarse.permute(1, 2, 0).numpy()).all()
+    assert sample.grid(torch.zeros(30, 3, 32, 32), 30).size == (30 * 34 - 2, 32)       # too wide to enlarge
 
 
 def test_without_labels_an_edit_asks_for_no_class_and_null_is_a_label(model, photo, tmp_path):
@@ -264,8 +265,8 @@ def test_a_model_of_one_map_draws_and_edits(tmp_path, capsys, monkeypatch):
     edit = f'{out}/var.pt --image {out}/samples.png --labels star --out {tmp_path}/c.png'.split()
     capsys.readouterr()
     sample.main([*edit, *'--box 0.5 0 1 1'.split()])
-    assert capsys.readouterr().out.startswith('32 of 64 tokens are kept of ')
-    assert 'of 1 scales' in complaint(sample.main, [*edit, '--keep-scales', 1], capsys, monkeypatch)
+    assert capsys.readouterr().out.startswith('32 of 64 tokens kept from ')
+    assert 'with 1 scales' in complaint(sample.main, [*edit, '--keep-scales', 1], capsys, monkeypatch)
 
 
 # ------------------------------------------------------------------------------------------------ class names
@@ -277,7 +278,7 @@ def test_where_a_class_is_named_by_a_number_numbers_are_names(names, text, label
     if label is not None:
         assert sample.parse_label(text, names) == label
     else:
-        with pytest.raises(sample.UserError, match=f'--labels {text}: .* from 0, {names[0]}, '):
+        with pytest.raises(sample.UserError, match=f'--labels {text}: .* from 0: {names[0]}, '):
             sample.parse_label(text, names)
 
 
@@ -289,7 +290,7 @@ def test_images_of_one_class_are_learned_and_drawn(tmp_path):
 # --------------------------------------------------------------------------------------------------- machines
 def test_an_old_gpu_is_named_where_it_lacks_kernels_and_draws_in_float32_where_it_lacks_bfloat16(
         model, tmp_path, capsys, monkeypatch):
-    """Stand-ins for what torch answers on an old Pascal card, a T4 and an A100."""
+    """Simulates what torch returns on an old Pascal card, a T4 and an A100."""
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     with monkeypatch.context() as patch:
         def no_kernel(*shape, device):
@@ -297,7 +298,7 @@ def test_an_old_gpu_is_named_where_it_lacks_kernels_and_draws_in_float32_where_i
         patch.setattr(torch, 'ones', no_kernel)
         error = complaint(sample.main, [model[0], '--out', tmp_path / 'x.png'], capsys, monkeypatch)
     assert '--device cuda: not usable' in error and 'no kernel image' in error
-    assert '--device cpu always is' in error
+    assert '--device cpu always works' in error
     for capability, dtype in [((7, 5), 'float32'), ((8, 0), 'bfloat16')]:
         monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device: capability)
         assert sample.choose_dtype(torch.device('cuda'), 'auto') == dtype
@@ -325,16 +326,16 @@ def test_stage_2_takes_the_authors_tokenizer(tmp_path):
                 '--batch-size 4 --device cpu').split())
     tokenizer, var, _ = sample.load(tmp_path / 'out/var.pt')
     assert tokenizer.config.image_size == 64 and var.config.vocab_size == 64
-    # where the preset knows the released pyramid, nobody has to say it; where it doesn't, nothing is assumed
+    # if the preset has the released pyramid, --scales can be omitted; otherwise no scales are assumed
     args, _ = train.parse([*flags.split(), '--preset', 'imagenet256'])
     tokenizer = train.make_tokenizer(args, ['var'])
     assert len(tokenizer.config.scales) == 10 and tokenizer.config.image_size == 256
-    with pytest.raises(sample.UserError, match='say its --scales'):
+    with pytest.raises(sample.UserError, match='specify --scales'):
         train.make_tokenizer(train.parse(flags.split())[0], ['var'])
 
 
 def released_shapes(depth: int, scales: tuple, classes=1000, V=4096, C=32) -> dict[str, tuple]:
-    """The keys of a released var_d<depth>.pth and their shapes, as the released code builds it."""
+    """The keys and shapes of a released var_d<depth>.pth, as the released code builds it."""
     D, L, shared = 64 * depth, sum(side * side for side in scales), depth == 36
     shapes = {'pos_start': (1, 1, D), 'pos_1LC': (1, L, D), 'lvl_1L': (1, L),
               'lvl_embed.weight': (len(scales), D), 'attn_bias_for_masking': (1, 1, L, L),
@@ -354,7 +355,7 @@ def released_shapes(depth: int, scales: tuple, classes=1000, V=4096, C=32) -> di
 
 @pytest.mark.parametrize('name', sample.RELEASED)
 def test_the_keys_of_all_released_transformers_are_taken(name):
-    """On meta tensors, which have shapes and no numbers."""
+    """On meta tensors, which have shapes but no data."""
     depth, scales = int(name[1:]), sample.RELEASED[name]
     with torch.device('meta'):
         weights = {key: torch.empty(shape) for key, shape in released_shapes(depth, scales).items()}
@@ -367,7 +368,7 @@ def test_the_keys_of_all_released_transformers_are_taken(name):
 
 @pytest.fixture
 def released(tmp_path, monkeypatch):
-    """Small stand-ins by the released names, served from a local address; the folder they are served from."""
+    """The folder of small stand-ins with the released file names, served from a local address."""
     folder = tmp_path / 'served'
     folder.mkdir()
     case = PARITY['shared_adaln_ten_scales']
@@ -390,7 +391,7 @@ def official(name: str, folder: Path | None) -> list[str]:
 
 def test_the_authors_weights_are_downloaded_once_and_draw_edit_and_export(released, photo, tmp_path, capfd):
     drawn = draw(tmp_path / 'a.npz', *official('d3', None))
-    assert drawn.shape == (2, 160, 160, 3) and '100%' in capfd.readouterr().err             # its bar
+    assert drawn.shape == (2, 160, 160, 3) and '100%' in capfd.readouterr().err             # progress
     assert {path.name for path in (tmp_path / 'hub/checkpoints').iterdir()} == {
         'vae_ch160v4096z32.pth', 'var_d3.pth'}
     local = draw(tmp_path / 'b.npz', *official('d3', released))
@@ -409,19 +410,19 @@ def test_weights_that_will_not_do_are_named(released, tmp_path, capsys, monkeypa
         arguments = [*official(name, folder), '--out', f'{tmp_path}/x.png']
         error = complaint(sample.main, arguments, capsys, monkeypatch, '100%|^ *[0-9]+%')
         assert all(word in error for word in words), error
-    complains('d20', None, '/var_d20.pth: cannot be downloaded', 'name its folder with --weights-dir')
+    complains('d20', None, '/var_d20.pth: cannot be downloaded', 'pass its folder as --weights-dir')
     complains('d20', released, 'No such file or directory', 'served/var_d20.pth')
     complains('d3', tmp_path / 'gone', 'gone/vae_ch160v4096z32.pth')
     assert not (tmp_path / 'gone').exists()
     whole = (released / 'var_d3.pth').read_bytes()
     (released / 'var_d3.pth').write_bytes(whole[:-1000])
-    complains('d3', released, 'served/var_d3.pth: torn, or not what it should be')
+    complains('d3', released, 'served/var_d3.pth: corrupt, or not the expected file')
     (released / 'var_d3.pth').write_bytes(whole)
     keys = PARITY['shared_adaln_ten_scales']['vqvae_keys']
     torch.save(recipe(keys | {'quantize.embedding.weight': [47, 8]}), released / 'vae_ch160v4096z32.pth')
     complains('d3', released, 'var_d3.pth', 'vocab_size: the transformer was made for 48')
     torch.save(dict(state=1), released / 'vae_ch160v4096z32.pth')
-    complains('d3', released, 'vae_ch160v4096z32.pth: torn, or not what it should be', '(no released VAR')
+    complains('d3', released, 'z32.pth: corrupt, or not the expected file', '(not a released VAR')
 
 
 # ---------------------------------------------------------------------------------------------------- exports
@@ -446,7 +447,7 @@ def content(target: Path) -> dict | bytes:
 
 @pytest.mark.slow
 def test_an_export_that_is_killed_goes_on_to_the_bytes_of_a_calm_one(model, tmp_path):
-    """SIGKILL to both its processes, twice; the calm one is drawn by one process."""
+    """SIGKILL to both processes, twice; the uninterrupted export uses one process."""
     def export(name: str, ranks: int) -> subprocess.Popen:
         flags = f'{model[0]} --npz {tmp_path}/{name}.npz --count 600 --batch-size 20'
         return start(flags, tmp_path / name, ranks, 'sample.py')
@@ -454,7 +455,7 @@ def test_an_export_that_is_killed_goes_on_to_the_bytes_of_a_calm_one(model, tmp_
     folder = tmp_path / 'a.npz.parts'
     for _ in range(2):
         before = len(list(folder.glob('*')))
-        process = export('a', 2)                                # images are on disk as they are drawn
+        process = export('a', 2)                                # images are saved as they are drawn
         wait_until(lambda: len(list(folder.glob('*'))) > before + 30, process, tmp_path / 'a')
         kill_all(process)
     assert 30 < len(list(folder.glob('*.png'))) < 600
@@ -463,7 +464,7 @@ def test_an_export_that_is_killed_goes_on_to_the_bytes_of_a_calm_one(model, tmp_
 
 
 def test_an_image_is_the_same_in_batches_of_7_and_of_64(model):
-    """The tokens of 99% of the images at least: a rounding may draw another one."""
+    """At least 99% of the images have the same tokens: rounding can change a draw."""
     runs = [torch.cat([tokens_BL for _, tokens_BL in sample.draw(*model[1:3], [i % 10 for i in range(300)], 0,
                                                                  batch_size, **model[3])])
             for batch_size in (7, 64)]
@@ -472,7 +473,7 @@ def test_an_image_is_the_same_in_batches_of_7_and_of_64(model):
 
 def test_an_export_goes_on_is_not_mixed_with_another_and_shares_its_folder_with_strangers(
         model, photo, tmp_path, capsys, monkeypatch):
-    def refused(folder, flags, words='begun with other settings'):
+    def refused(folder, flags, words='started with other settings'):
         arguments = [*f'{model[0]} --png-dir {folder} --count 12 --batch-size 4'.split(), *flags.split()]
         error = complaint(sample.main, arguments, capsys, monkeypatch)
         assert f'{folder}: ' in error and words in error
@@ -484,10 +485,10 @@ def test_an_export_goes_on_is_not_mixed_with_another_and_shares_its_folder_with_
     calm = content(folder)
     assert set(calm) == {'.DS_Store', 'made.json', *(f'{i:06}.png' for i in range(12))}
     (folder / '000007.png').unlink()
-    other = folder / '000006.png'                               # of the same batch
+    other = folder / '000006.png'                               # in the same batch
     os.utime(other, (0, 0))
-    sample.main([*command, '--dtype', 'float32'])               # which it is, on a CPU
-    assert content(folder) == calm and other.stat().st_mtime == 0           # and isn't written again
+    sample.main([*command, '--dtype', 'float32'])               # the default on a CPU
+    assert content(folder) == calm and other.stat().st_mtime == 0           # not written again
     for flags in ('--count 11', '--seed 1', '--cfg 3', '--labels star', '--batch-size 5', '--dtype bfloat16',
                   f'--image {photo[0]} --box 0 0 1 .5'):
         refused(folder, flags)
@@ -495,9 +496,9 @@ def test_an_export_goes_on_is_not_mixed_with_another_and_shares_its_folder_with_
     sample.main([str(tmp_path / 'copy.pt'), *command[1:]])
     checkpoint = torch.load(model[0], weights_only=True)
     checkpoint['var']['head.bias'] += 1
-    torch.save(checkpoint, model[0].with_name('other.pt'))      # another one
+    torch.save(checkpoint, model[0].with_name('other.pt'))      # another model
     error = complaint(sample.main, [model[0].with_name('other.pt'), *command[1:]], capsys, monkeypatch)
-    assert 'begun with other settings' in error and content(folder) == calm
+    assert 'started with other settings' in error and content(folder) == calm
     (folder / 'made.json').unlink()
     refused(folder, '', 'holds images; empty it or choose another')
     edit = f'--image {photo[0]} --box 0 0 1 .5'.split()
@@ -522,7 +523,7 @@ def test_npz_is_what_numpy_would_write_and_holds_the_pngs_and_a_class_as_often_a
 
 # --------------------------------------------------------------------------------------------------- mistakes
 WRONG_FLAGS = """
-    sample.py RUN/var.pt --labels 10                | --labels 10: no such class; from 0, disc; heart
+    sample.py RUN/var.pt --labels 10                | --labels 10: no such class; from 0: disc; heart
     sample.py RUN/var.pt --labels hart              | --labels hart; heart
     sample.py RUN/var.pt --cfg -1                   | --cfg: -1: must be 0 or more
     sample.py RUN/var.pt --cfg 1e39                 | logits are not finite at cfg=1e+39; lower
@@ -534,36 +535,36 @@ WRONG_FLAGS = """
     sample.py RUN/var.pt --cout 3                   | unrecognized arguments: --cout 3
     sample.py RUN/var.pt --out image.xyz            | --out image.xyz: must end in .png or .jpg
     sample.py RUN/var.pt --out RUN/var.csv/a.png    | var.csv/a.png: cannot be written
-    sample.py RUN/var.pt --export RUN/var.pt        | --export; would replace a source
+    sample.py RUN/var.pt --export RUN/var.pt        | --export; is also an input
     sample.py RUN/var.pt --export small             | --export small: must end in .pt
     sample.py RUN/var.pt --export .                 | --export .: must end in .pt
-    sample.py RUN/var.pt --export a.pt --labels 3   | --export: writes the model, and draws nothing
+    sample.py RUN/var.pt --export a.pt --labels 3   | --export: writes the model, not images
     sample.py RUN/var.pt --npz samples              | --npz samples: must end in .npz
     sample.py RUN/last.pt --export small.pt         | last.pt; kind 'resume'; 'var'
-    sample.py RUN/var.csv --export small.pt         | var.csv: torn, or not what it should be
+    sample.py RUN/var.csv --export small.pt         | var.csv: corrupt, or not the expected file
     sample.py RUN/var.pt --png-dir RUN/var.csv      | var.csv/made.json: cannot be written
-    sample.py --out a.png                           | name a checkpoint; --official d16
-    sample.py RUN/var.pt --official d16             | name a checkpoint; --official d16
+    sample.py --out a.png                           | specify a checkpoint; --official d16
+    sample.py RUN/var.pt --official d16             | specify a checkpoint; --official d16
     sample.py --official d17                        | --official: invalid choice; d17; d16
     sample.py RUN/var.pt --weights-dir .            | --weights-dir: needs --official
-    sample.py RUN/var.pt --device abacus            | --device abacus; --device cpu always is
-    sample.py RUN/var.pt --device meta              | --device meta; --device cpu always is
-    sample.py RUN/var.pt --box 0 0 1 .5             | --image: goes with --box, --mask or --keep-scales
-    sample.py RUN/var.pt --image RUN/samples.png    | --image: goes with --box, --mask or --keep-scales
+    sample.py RUN/var.pt --device abacus            | --device abacus; --device cpu always works
+    sample.py RUN/var.pt --device meta              | --device meta; --device cpu always works
+    sample.py RUN/var.pt --box 0 0 1 .5             | --image: requires --box, --mask or --keep-scales
+    sample.py RUN/var.pt --image RUN/samples.png    | --image: requires --box, --mask or --keep-scales
     sample.py RUN/var.pt --image RUN/samples.png --keep-scales 1 --outpaint   | --paste: need --box or
     sample.py RUN/var.pt --image RUN/samples.png --keep-scales 1 --paste      | --paste: need --box or
-    sample.py RUN/var.pt --image RUN/samples.png --box 0 0 .5 .5 --mask a.png | --box, --mask: say one or
-    sample.py RUN/var.pt --image RUN/samples.png --box .5 0 .2 1      | marks nothing; from Y0 X0 to Y1 X1
+    sample.py RUN/var.pt --image RUN/samples.png --box 0 0 .5 .5 --mask a.png | --box, --mask: use one or
+    sample.py RUN/var.pt --image RUN/samples.png --box .5 0 .2 1      | marks nothing; edges Y0 X0 Y1 X1
     sample.py RUN/var.pt --image RUN/samples.png --box 0 0 1 1.2      | --box: 1.2: must be in [0, 1]
     sample.py RUN/var.pt --image RUN/samples.png --box 0 0 1          | --box: expected 4 arguments
     sample.py RUN/var.pt --image RUN/samples.png --box .5 .5 .51 .51  | --box; marks nothing; 8x8
     sample.py RUN/var.pt --image RUN/samples.png --box 0 0 1 1        | --box; marks all
-    sample.py RUN/var.pt --image RUN/samples.png --keep-scales 3      | --keep-scales 3: of 3 scales, 2
+    sample.py RUN/var.pt --image RUN/samples.png --keep-scales 3      | --keep-scales 3: with 3 scales
     sample.py RUN/var.pt --image none.png --keep-scales 1             | none.png; No such file
-    sample.py RUN/var.pt --image RUN/samples.png --mask RUN/reconstructions.png | is (1080, 536), not as large
-    sample.py RUN/var.pt --image RUN/samples.png --keep-scales 1 --out RUN/samples.png | --out; would replace
+    sample.py RUN/var.pt --image RUN/samples.png --mask RUN/reconstructions.png | size (1080, 536) differs
+    sample.py RUN/var.pt --image RUN/samples.png --keep-scales 1 --out RUN/samples.png | --out; is also
     sample.py RUN/var.pt --out .png                 | --out .png: must end in .png or .jpg
-    sample.py RUN/var.pt --show-scales --npz a.npz  | --show-scales: needs --out, and no --image
+    sample.py RUN/var.pt --show-scales --npz a.npz  | --show-scales: needs --out without --image
     sample.py RUN/var.pt --image RUN/samples.png --box 0 0 .5 .5 --show-scales | --show-scales: needs --out
 """
 
@@ -585,7 +586,7 @@ def test_a_photograph_or_mask_that_will_not_do_is_named(model, photo, tmp_path, 
         complains(words, f'--image {tmp_path}/{name}.png --keep-scales 1')
         complains(words, f'--mask {tmp_path}/{name}.png')
     for name, size, colour, words in [('black', 32, 0, 'marks nothing'), ('white', 32, 255, 'marks all'),
-                                      ('large', 64, 255, 'is (64, 64), not as large as the image, (32, 32)')]:
+                                      ('large', 64, 255, 'size (64, 64) differs from the image size')]:
         Image.new('L', (size, size), colour).save(tmp_path / f'{name}.png')
         complains(f'{name}.png: {words}', f'--mask {tmp_path}/{name}.png')
 
@@ -593,9 +594,9 @@ def test_a_photograph_or_mask_that_will_not_do_is_named(model, photo, tmp_path, 
 @pytest.mark.slow
 def test_many_processes_complain_once_and_need_something_that_they_can_share(model, tmp_path):
     torchrun = [sys.executable, *'-m torch.distributed.run --standalone --nproc-per-node 2'.split()]
-    alone = 'many processes write --npz or --png-dir alone'
+    alone = 'under torchrun, use only --npz or --png-dir'
     (tmp_path / 'a.npz.parts').mkdir()
-    (tmp_path / 'a.npz.parts/made.json').mkdir()                # which rank 0 meets while the other one waits
+    (tmp_path / 'a.npz.parts/made.json').mkdir()                # rank 0 hits this while rank 1 waits
     for script, words in [
             (f'sample.py {model[0]} --npz a.npz --out a.png', alone),
             ('sample.py none.pt --npz b.npz', '[Errno 2] No such file'),
@@ -625,4 +626,4 @@ def test_too_little_memory_is_said_and_not_called_the_checkpoints_fault(model, t
         done = subprocess.run([sys.executable, '-c', script, *arguments], capture_output=True, text=True)
         errors = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
         assert done.returncode == 2 and len(errors) == 1 and 'Traceback' not in done.stderr, done.stderr
-        assert errors[0].startswith('error: out of memory; take fewer images at once, by --batch-size')
+        assert errors[0].startswith('error: out of memory; reduce --batch-size')

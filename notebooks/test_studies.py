@@ -1,5 +1,5 @@
-"""studies.py: its fits find known laws, its runs are equal where they should be and go on after a
-stop, a tiny study runs from end to end, and the committed prediction follows from the committed losses."""
+"""studies.py: fits recover known laws, runs take equal compute where they should and continue after a
+stop, a tiny study runs end to end, and the committed prediction follows from the committed losses."""
 import shlex
 import shutil
 import sys
@@ -30,7 +30,7 @@ def test_a_power_law_is_found_again_with_its_constant():
     assert law(1e9) == pytest.approx(2000 ** -0.3)
     with_constant = (2e-6 * x) ** -0.3 + 5
     law = studies.fit_power_law(x, with_constant, with_constant=True)
-    # the constant is looked for on a grid
+    # the constant is found by grid search
     assert law.constant == pytest.approx(5, rel=0.02) and law.alpha == pytest.approx(-0.3, rel=0.1)
     assert law.correlation < studies.fit_power_law(x, with_constant).correlation
     assert law(1e9) == pytest.approx(5 + 2000 ** -0.3, rel=0.005)
@@ -82,7 +82,7 @@ def test_of_each_run_there_is_one_and_it_goes_on_where_it_was_stopped(tmp_path, 
     assert row['parameters'] == sum(parameter.numel() for parameter in var.parameters())
     assert row['train_flops'] == 5 * 16 * flops_of(tokenizer.config, var.config)['train']
     assert row['error_8x8'] == pytest.approx(1 - studies.validations(out)[-1]['accuracy_8x8'])
-    studies.train(args, run)                                            # done: nothing is done again
+    studies.train(args, run)                                            # finished: nothing is repeated
     assert (out / 'last.pt').stat().st_mtime_ns == stamp
     done = shutil.copytree(out, tmp_path / 'done')
     shutil.rmtree(out)
@@ -108,7 +108,7 @@ def test_a_run_that_fails_stops_the_study_with_what_to_do(tmp_path):
 
 @pytest.mark.slow
 def test_a_tiny_study_runs_from_end_to_end(tmp_path, monkeypatch):
-    untrained = judge.Judge((16, 32, 64), False).eval()                 # to train it would take a minute
+    untrained = judge.Judge((16, 32, 64), False).eval()                 # training it would take a minute
     rows = [('AR', 'ar', studies.AR, (0,), ()), ('guided', 'norm', '', (0,), ('top_k', 'cfg')),
             ('plain', 'norm', '', (0,), ()), ('deep', 'deep', '--depth 1', (0,), ())]
     for name, value in dict(ROWS=rows, SIZES=(1, 2), LARGEST=3, SHEET=((1, 2), (0.2, 1.0)), JUDGED=100,
@@ -138,14 +138,14 @@ def test_a_tiny_study_runs_from_end_to_end(tmp_path, monkeypatch):
     assert [row['sample_flops'] for row in ablation[1:3]] == [flops['sample'], flops['unguided']]
     assert [(row['steps'], row['batch']) for row in speed] == [(16, 1), (16, 50), (3, 1), (3, 50)]
     assert Image.open(folder / 'images/size-by-training-shapes.png').size == 2 * (4 * (4 * 34 - 2),)
-    with pytest.raises(UserError, match='knows depth 3 already'):
+    with pytest.raises(UserError, match='already has depth 3;'):
         studies.main(['predict', *flags])
-    shutil.rmtree(folder / 'size-1')                        # its rows stay when others are collected,
+    shutil.rmtree(folder / 'size-1')                        # its rows are kept when others are collected,
     studies.main(['largest', *flags])
     assert studies.read_csv(folder / 'scaling-shapes.csv') == scaling
     lines = (folder / 'ablation-shapes.csv').read_text().splitlines()
     (folder / 'ablation-shapes.csv').write_text('\n'.join([*lines[:2], *lines[3:]]))
-    studies.main(['ablation', *flags])                      # and a lost row alone is measured again
+    studies.main(['ablation', *flags])                      # and only a missing row is measured again
     again = studies.read_csv(folder / 'ablation-shapes.csv')
     clock = 'seconds_an_image'
     assert [row | {clock: 0} for row in again] == [row | {clock: 0} for row in ablation]
@@ -157,11 +157,11 @@ WRONG_FLAGS = """
     studies.py scalin                               | study; scalin; scaling
     studies.py scaling --share 0                    | --share: 0: must be above 0
     studies.py scaling --preset imagenet256         | --preset; imagenet256; shapes
-    studies.py largest --share 0.5                  | prediction-cifar10-cpu.csv: cannot be read; comes first
-    studies.py predict --share 0.5                  | scaling-cifar10-cpu.csv: cannot be read; comes first
-    studies.py predict                              | knows depth 7 already
+    studies.py largest --share 0.5                  | prediction-cifar10-cpu.csv: cannot be read; it first
+    studies.py predict --share 0.5                  | scaling-cifar10-cpu.csv: cannot be read; it first
+    studies.py predict                              | already has depth 7
     studies.py sheet --share 0.5                    | size-1/var-; No such file
-    studies.py ablation --data-dir nowhere --quiet  | nowhere/data_batch_1.bin: 0 bytes
+    studies.py ablation --data-dir nowhere --quiet  | nowhere/data_batch_1.bin: 0 of
 """
 
 

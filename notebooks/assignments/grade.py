@@ -1,16 +1,16 @@
-"""Grades an assignment: runs a notebook in a process of its own and prints its points, task by task.
+"""Grades an assignment: runs a notebook in a separate process and prints the points of each task.
 
     python notebooks/assignments/grade.py my-A1.ipynb
     python notebooks/assignments/grade.py my-A1.ipynb --seed 7          # the same questions, other numbers
 
-Which assignment it is, the notebook's metadata say, or else its name. The notebook runs top to bottom; a
-cell that fails is named, and the rest runs on; a cell that begins with '# not for the grader' is left
-out. Then the functions that it defines are asked (tasks.py), and what they return is compared here with
-what the reference solution returns; where it is what a classic mistake gives, that is named
+The assignment is taken from the notebook's metadata, or else from its file name. The notebook runs from top
+to bottom; a cell that fails is reported, and the rest still run; a cell that begins with '# not for the
+grader' is skipped. Then the checks in tasks.py call its functions, and the results are compared with those
+of the reference solution; a result that matches a classic mistake is reported as that mistake
 (solutions/mistakes.py). The student's code never shares a process with the comparison or the solution, and
-works on a copy of the project: it can't award itself points. (It isn't locked in: run strangers' notebooks
-in a container.) What is trained has no solution to compare with (all of A4, two tasks of A5); it is
-measured here.
+works on a copy of the project, so it can't award itself points. (This is not a sandbox: run strangers'
+notebooks in a container.) Trained networks can't be compared with a solution (all of A4, two tasks of A5);
+the grader evaluates them itself.
 """
 import io
 import json
@@ -41,21 +41,21 @@ from tasks import A4_BATCH, A4_BATCHES, TASKS, drawings, small_var              
 from train import draw_shapes, to_float                                                 # noqa: E402
 from vqvae import VQVAE, VQVAEConfig                                                    # noqa: E402
 
-SECONDS = dict(A1=60, A2=60, A3=60, A4=300, A5=300)     # for each cell and each task; five times that in all
-RETURNED = 2 ** 26                      # bytes that a task may return
-ROUNDING = {'sample_tokens': 0.85}      # share of tokens that must agree: one flip changes all that follows
+SECONDS = dict(A1=60, A2=60, A3=60, A4=300, A5=300)     # per cell and per task; five times that in total
+RETURNED = 2 ** 26                      # limit on the size of a task's results, in bytes
+ROUNDING = {'sample_tokens': 0.85}      # share of tokens that must agree: one flip changes all later ones
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-A4_BITS, A4_PARAMETERS = 680, 650_000   # limits: bits a picture is written in; size of the tokenizer
-A4_START, A4_BASELINE, A4_GOAL = 18.0, 20.5, 24.0   # dB: what 4, more than 4, and all points ask for
-A5_HEART = {0.1: 6, 0.5: 4, 2.0: 2}     # nats a token, and the points for less
-A5_LOSS, A5_GAP = 5.6, 0.1              # nats: what both twins must reach; what f_hat must gain at 4x4
+A4_BITS, A4_PARAMETERS = 680, 650_000   # limits: bits per image; size of the tokenizer
+A4_START, A4_BASELINE, A4_GOAL = 18.0, 20.5, 24.0   # dB needed for 4, for more than 4, and for all points
+A5_HEART = {0.1: 6, 0.5: 4, 2.0: 2}     # limits of the loss, in nats per token: points
+A5_LOSS, A5_GAP = 5.6, 0.1              # nats: limit for both losses; what f_hat must gain at 4x4
 COPIED = ('*.py', 'notebooks/cifar10.pt', 'notebooks/assignments/probes.py', 'notebooks/assignments/tasks.py')
 
 
 # ------------------------------------------------------------------------------- running a notebook
 def read(path: Path, most: int) -> bytes:
-    """A plain file of at most so many bytes, or b'': a notebook may have put anything in its place."""
+    """A regular file of at most `most` bytes, or b'': a notebook can put anything in its place."""
     try:
         status = path.lstat()
         return path.read_bytes() if stat.S_ISREG(status.st_mode) and status.st_size <= most else b''
@@ -69,16 +69,16 @@ def current_step(folder: Path) -> str:
 
 
 def read_results(path: Path, *types: type) -> list[tuple]:
-    """The rows of these types that probes.py wrote; fewer where the notebook has meddled with them."""
+    """The rows of these types that probes.py wrote; fewer if the notebook has tampered with them."""
     try:
-        found = torch.load(io.BytesIO(read(path, RETURNED)), weights_only=True)     # runs nobody's code
+        found = torch.load(io.BytesIO(read(path, RETURNED)), weights_only=True)     # runs no code
         return [row for row in found if len(row) == len(types) and all(map(isinstance, row, types))]
     except Exception:                                       # torch.load fails in many ways
         return []
 
 
 def watch(process: subprocess.Popen, folder: Path, printed: int, seconds: float, deadline: float) -> str:
-    """Waits for probes.py to end; '' if all went well, or what the step that it was at did wrong."""
+    """Waits for probes.py to end; '' if all went well, or what the current step did wrong."""
     step, since = '', time.monotonic()
     while process.poll() is None:
         time.sleep(0.02)
@@ -86,11 +86,11 @@ def watch(process: subprocess.Popen, folder: Path, printed: int, seconds: float,
         if current_step(folder) != step:
             step, since = current_step(folder), now
         if now > min(since + seconds, deadline):
-            return f'ran longer than {min(seconds, deadline - since):.0f} seconds, and was stopped'
+            return f'ran longer than {min(seconds, deadline - since):.0f} seconds and was stopped'
         if os.fstat(printed).st_size > PRINTED:
             break
     if os.fstat(printed).st_size > PRINTED:
-        return f'printed more than {PRINTED >> 20} MiB, and was stopped'
+        return f'printed more than {PRINTED >> 20} MiB and was stopped'
     return '' if current_step(folder) == 'done' else f'ended the process (exit status {process.returncode})'
 
 
@@ -104,10 +104,10 @@ def end(process: subprocess.Popen):
 
 
 def run_notebook(notebook: bytes, assignment: str, seed: int, seconds: float, left_out=()) -> tuple:
-    """Results of each task, (points, what, value, error) a check, and remarks on the notebook, (step, text).
+    """Results per task, (points, what, value, error) per check, and remarks on the notebook, (step, text).
 
-    left_out: steps that aren't run. One that hangs or dies is left out in a new attempt, until the rest has
-    run or the time is over.
+    left_out: steps to skip. A step that hangs or dies is skipped in the next attempt, until the rest has run
+    or the time is up.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         copy, folder = Path(scratch, 'project'), Path(scratch, 'results')
@@ -140,22 +140,22 @@ def run_notebook(notebook: bytes, assignment: str, seed: int, seconds: float, le
 
 
 def classic_mistakes(assignment: str) -> list[tuple]:
-    """(task, what is wrong, what the solution has, what replaces it), as far as they are there."""
+    """(task, what is wrong, code of the solution, its replacement); none if mistakes.py is missing."""
     path = HERE / 'solutions' / 'mistakes.py'
     return runpy.run_path(str(path))['MISTAKES'].get(assignment, []) if path.is_file() else []
 
 
 @lru_cache
 def answers_of_solution(assignment: str, seed: int) -> dict:
-    """What the solution returns, task by task, and as task.0, task.1, ... what it does with each mistake."""
+    """The solution's results by task, and as task.0, task.1, ... its results with each mistake."""
     path = HERE / 'solutions' / f'{assignment}.ipynb'
-    check(path.is_file(), f'{path}: is missing; answers are compared with what the solution returns')
+    check(path.is_file(), f'{path}: is missing; the grader compares answers with those of the solution')
     notebook = json.loads(path.read_bytes())
     cells = [''.join(cell['source']) for cell in notebook['cells'] if cell['cell_type'] == 'code']
     mistakes = notebook['metadata']['mistakes'] = {}
     for task, _, old, new in classic_mistakes(assignment):
         cell = next(cell for cell in cells if f'def {task}(' in cell)
-        check(cell.count(old) == 1, f'mistakes.py: {old!r} stands {cell.count(old)} times in {task}')
+        check(cell.count(old) == 1, f'mistakes.py: {old!r} occurs {cell.count(old)} times in {task}')
         mistakes.setdefault(task, []).append(cell.replace(old, new))
     names = {task.__name__ for task in TASKS[assignment]} - set(JUDGED)
     results, remarks = run_notebook(json.dumps(notebook).encode(), assignment, seed, SECONDS[assignment],
@@ -167,7 +167,7 @@ def answers_of_solution(assignment: str, seed: int) -> dict:
 
 
 def reference(assignment: str, seed: int) -> dict:
-    """What is expected: {task: (points, what, value, '') a check}; what is measured has no value."""
+    """Expected results: {task: (points, what, value, '') per check}; tasks in JUDGED have a dummy value."""
     names = [task.__name__ for task in TASKS[assignment]]
     answers = {} if set(names) <= set(JUDGED) else answers_of_solution(assignment, seed)
     return {name: [(*JUDGED[name][:2], 'a trained network', '')] if name in JUDGED else answers[name]
@@ -175,7 +175,7 @@ def reference(assignment: str, seed: int) -> dict:
 
 
 def mistakes_of(assignment: str, task: str, seed: int) -> list[tuple[str, list]]:
-    """(what was done wrong, what the solution returns with that) for each classic mistake at a task."""
+    """(what is wrong, what the solution returns with it) for each classic mistake in a task."""
     named = [what for name, what, *_ in classic_mistakes(assignment) if name == task not in JUDGED]
     return [(what, answers_of_solution(assignment, seed)[f'{task}.{i}']) for i, what in enumerate(named)]
 
@@ -193,10 +193,9 @@ def show(value) -> str:
 
 
 def difference(expected, found, share: float = 1.0, rtol: float = 1e-4) -> str:
-    """'' if `found` is what was expected, or else a line that says how they differ.
+    """'' if `found` matches `expected`, or else a line that says how they differ.
 
-    share: how many of the entries must agree, where they are whole numbers; rtol: how far others may be off,
-    as a part of them.
+    share: fraction of entries that must agree, unless they are floats; rtol: relative tolerance of floats.
     """
     if isinstance(expected, list) and any(isinstance(item, (list, torch.Tensor)) for item in expected):
         found = list(found) if isinstance(found, torch.Tensor) and found.dim() else found
@@ -206,7 +205,7 @@ def difference(expected, found, share: float = 1.0, rtol: float = 1e-4) -> str:
         return next((f'item {i}: {line}' for i, line in lines if line), '')
     if isinstance(expected, str):
         return '' if str(found).strip().lower() == expected else f'expected {expected}, found {found}'
-    exact = isinstance(expected, (torch.Tensor, bool))         # or plain numbers, whose type doesn't matter
+    exact = isinstance(expected, (torch.Tensor, bool))         # else plain numbers, whose type doesn't matter
     try:
         kind = None if exact else torch.float64
         expected, found = torch.as_tensor(expected, dtype=kind), torch.as_tensor(found, dtype=kind)
@@ -224,13 +223,13 @@ def difference(expected, found, share: float = 1.0, rtol: float = 1e-4) -> str:
             return ''
         wrong = tuple((~same).nonzero()[0].tolist())
         wanted, got = (x[wrong].item() for x in (expected, found))
-        return (f'expected {show(expected)}, found {show(found)}; {1 - same.double().mean():.0%} differ, '
-                f'entry {wrong} first: {wanted:.6g} was expected, {got:.6g} found')
+        return (f'expected {show(expected)}, found {show(found)}; {1 - same.double().mean():.0%} of entries '
+                f'differ (first: entry {wrong}, expected {wanted:.6g}, found {got:.6g})')
     return f'expected {show(expected)}, found {show(found)}'
 
 
 def judge_tokenizer(value, seed: int) -> tuple[int, str]:
-    """Points of A4 and the line that says why: PSNR of pictures that nobody trained on."""
+    """Points for A4 and a line that explains them: PSNR on held-out images."""
     try:
         settings, weights = value
         config = VQVAEConfig(**{key: tuple(item) if isinstance(item, list) else item
@@ -239,12 +238,12 @@ def judge_tokenizer(value, seed: int) -> tuple[int, str]:
         parameters = sum(weight.numel() for weight in weights.values())
         if (bits > A4_BITS or parameters > A4_PARAMETERS or config.image_size != 32
                 or max(config.channels, *config.channel_mults, config.res_blocks) > 512):
-            return 0, (f'expected pictures of 32x32, at most {A4_BITS} bits, {A4_PARAMETERS:,} parameters; '
-                       f'found {config.image_size}x{config.image_size}, {bits:g}, {parameters:,}')
+            return 0, (f'expected images of 32x32, at most {A4_BITS} bits and {A4_PARAMETERS:,} parameters; '
+                       f'found {config.image_size}x{config.image_size}, {bits:g} bits, {parameters:,}')
         tokenizer = VQVAE(config)
         tokenizer.load_state_dict(weights)
-    except Exception as error:                              # it may be anything
-        return 0, f'expected a VQVAE, trained; what came back does not make one ({error})'
+    except Exception as error:                              # it can be anything
+        return 0, f'expected a trained VQVAE; the returned value does not load as one ({error})'
     pictures, _ = draw_shapes(1000, seed=seed + 10 ** 6)
     reached = psnr(tokenizer.eval().decode(tokenizer.encode(to_float(pictures))), pictures)
     points = int(16 * min(1.0, max(0.0, (reached - A4_BASELINE) / (A4_GOAL - A4_BASELINE))))     # nan: 0
@@ -252,25 +251,25 @@ def judge_tokenizer(value, seed: int) -> tuple[int, str]:
     scales = ' '.join(map(str, config.scales))
     return points, (f'leaderboard: | {reached:.2f} dB | {bits:g} bits | scales {scales} | '
                     f'{config.vocab_size} codes | {parameters:,} parameters |' +
-                    ('' if points == 20 else f' expected: {A4_GOAL} dB for all points'))
+                    ('' if points == 20 else f' expected at least {A4_GOAL} dB for all points'))
 
 
 def judge_by_heart(value, seed: int) -> tuple[int, str]:
-    """Points for eight drawings learned by heart, and a line with the loss."""
+    """Points for memorising eight images, and a line with the loss."""
     try:
         var = small_var(seed)
         var.load_state_dict(value)
-    except Exception as error:                              # it may be anything
-        return 0, f'expected the VAR that was handed over, trained; what came back is none ({error})'
+    except Exception as error:                              # it can be anything
+        return 0, f'expected the given VAR, trained; the returned value does not load as one ({error})'
     _, tokens_BL, inputs = drawings(8, seed)
     with torch.no_grad():
         loss = F.cross_entropy(var(torch.arange(8), inputs['f_hat']).mT, tokens_BL).item()
     points = max([worth for most, worth in A5_HEART.items() if loss < most], default=0)         # nan: 0
-    return points, f'{loss:.3f} nats a token' + f', expected less than {min(A5_HEART)}' * (points < 6)
+    return points, f'{loss:.3f} nats per token' + f', expected less than {min(A5_HEART)}' * (points < 6)
 
 
 def judge_ablation(value, seed: int) -> tuple[int, str]:
-    """Points for the twins, and a line with their losses on drawings that nobody trained on."""
+    """Points for the two models, and a line with their losses on held-out images."""
     labels_N, tokens_NL, inputs = drawings(256, seed + 10 ** 6)
     losses = {}
     try:
@@ -279,65 +278,66 @@ def judge_ablation(value, seed: int) -> tuple[int, str]:
             var.load_state_dict(value[name])
             with torch.no_grad():
                 losses[name] = F.cross_entropy(var(labels_N, inputs_NLC).mT, tokens_NL, reduction='none')
-    except Exception as error:                              # it may be anything
-        return 0, f'expected two trained VARs, f_hat and last; what came back is none ({error})'
+    except Exception as error:                              # it can be anything
+        return 0, f'expected two trained VARs, f_hat and last; the returned value does not load ({error})'
     whole = {name: loss.mean().item() for name, loss in losses.items()}
-    finer = {name: loss[:, 5:21].mean().item() for name, loss in losses.items()}        # the scale 4x4
+    finer = {name: loss[:, 5:21].mean().item() for name, loss in losses.items()}        # scale 4x4
     trained = [loss < A5_LOSS for loss in whole.values()]
     points = 2 * sum(trained) + 2 * (all(trained) and finer['last'] - finer['f_hat'] > A5_GAP)
-    return points, (f'f_hat {whole["f_hat"]:.2f} nats a token, last scale {whole["last"]:.2f}; at 4x4 '
-                    f'{finer["f_hat"]:.2f} and {finer["last"]:.2f}' + f'; expected both below {A5_LOSS}, and '
-                    f'a gap of {A5_GAP} at 4x4' * (points < 6))
+    return points, (f'nats per token: f_hat {whole["f_hat"]:.2f}, last {whole["last"]:.2f}; at 4x4: f_hat '
+                    f'{finer["f_hat"]:.2f}, last {finer["last"]:.2f}' + f'; expected both below {A5_LOSS} '
+                    f'and a gap above {A5_GAP} at 4x4' * (points < 6))
 
 
-JUDGED = dict(                          # points, what, and who gives them
-    train_tokenizer=(20, f'a tokenizer trained on {A4_BATCHES * A4_BATCH} pictures', judge_tokenizer),
-    by_heart=(6, 'eight drawings by heart', judge_by_heart),
+JUDGED = dict(                          # points, what, and the function that judges it
+    train_tokenizer=(20, f'a tokenizer trained on {A4_BATCHES * A4_BATCH} images', judge_tokenizer),
+    by_heart=(6, 'eight images memorised', judge_by_heart),
     ablation=(6, 'f_hat against the last scale alone', judge_ablation))
 
 
 def same(name: str, expected, found) -> str:
-    """The difference between two answers of a task, '' for none."""
+    """The difference between two answers to a task, '' if there is none."""
     return difference(expected, found, ROUNDING.get(name, 1.0), 0.005 if name == 'questions' else 1e-4)
 
 
 def likely_mistake(name: str, wrong: list[tuple[str, list]], found: list, i: int) -> str:
-    """Which classic mistake gives the answer found at check i; of several, that which agrees most often."""
+    """The classic mistake that explains answer i; of several, the one that fits most checks."""
     scores = {what: sum(not same(name, row[2], answer[2]) for row, answer in zip(rows, found))
               for what, rows in wrong if not rows[i][3] and not same(name, rows[i][2], found[i][2])}
     return f'; this is what you get {max(scores, key=scores.get)}' if scores else ''
 
 
 def points_of_task(name: str, expected: list, found: list, seed: int, wrong=()) -> tuple[int, int, list[str]]:
-    """Points, how many there are, and a line for each check that failed. wrong: see mistakes_of."""
+    """Points, their maximum, and a line for each check that failed. wrong: see mistakes_of."""
     reached, lines = 0, []
     for i, (points, what, value, _) in enumerate(expected):
-        *_, answer, error = found[i] if i < len(found) else (None, 'not reached')
-        wanted = 'another' if name == 'questions' else show(value)              # which gives nothing away
+        *_, answer, error = found[i] if i < len(found) else (None, 'no result')
+        wanted = 'an answer' if name == 'questions' else show(value)            # keeps the right one secret
         if error.startswith('NotImplementedError'):
             lines.append(f'{what}: not written yet, expected {wanted}')
         elif error:
-            lines.append(f'{what}: expected {wanted}, but {error}')
+            lines.append(f'{what}: expected {wanted}, but got {error}')
         elif name in JUDGED:
             reached, line = JUDGED[name][2](answer, seed)
             lines.append(line)
         else:
             try:
                 line = same(name, value, answer)
-                line = line and (f'expected another than {show(answer)}' if name == 'questions' else line)
+                line = line and (
+                    f'expected an answer other than {show(answer)}' if name == 'questions' else line)
                 line = line and line + likely_mistake(name, wrong, found, i)
-            except Exception as error:                      # it may be anything
-                line = f'expected {wanted}, which what came back cannot be compared with ({error})'
+            except Exception as error:                      # it can be anything
+                line = f'expected {wanted}, found a value that cannot be compared with it ({error})'
             reached += 0 if line else points
             lines += [f'{what}: {line}'] if line else []
     return reached, sum(row[0] for row in expected), lines
 
 
 def grade(notebook: bytes, assignment: str, seed: int = 0, seconds: float | None = None) -> tuple:
-    """{task: (points, of so many, lines on what was expected)}, and remarks, (step, text)."""
+    """{task: (points, their maximum, lines on what was expected)}, and remarks, (step, text)."""
     expected = reference(assignment, seed)
     content = json.loads(notebook)
-    content['metadata'].pop('mistakes', None)               # which are for solutions alone
+    content['metadata'].pop('mistakes', None)               # only solutions have these
     notebook = json.dumps(content).encode()
     results, remarks = run_notebook(notebook, assignment, seed, seconds or SECONDS[assignment])
     return {name: points_of_task(name, rows, results.get(name, []), seed, mistakes_of(assignment, name, seed))
@@ -345,9 +345,9 @@ def grade(notebook: bytes, assignment: str, seed: int = 0, seconds: float | None
 
 
 def read_notebook(path: Path) -> tuple[bytes, str, list[str]]:
-    """The notebook as it stands, which assignment it is, and the first line of each of its code cells."""
+    """The notebook's bytes, its assignment, and the first line of each of its code cells."""
     try:
-        check(path.is_file(), f'{path}: is no file; name a notebook, such as notebooks/assignments/A1.ipynb')
+        check(path.is_file(), f'{path}: not a file; pass a notebook, such as notebooks/assignments/A1.ipynb')
         content = path.read_bytes()
         cells, metadata = (json.loads(content)[key] for key in ('cells', 'metadata'))
         sources = [''.join(cell['source']) for cell in cells if cell['cell_type'] == 'code']
@@ -357,20 +357,20 @@ def read_notebook(path: Path) -> tuple[bytes, str, list[str]]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f'{path}: not a Jupyter notebook (version 4)') from None
     known = [name for name in TASKS if name == named] or [name for name in TASKS if name in path.name]
-    check(known, f'{path}: not known which assignment this is; say so in its name, as in my-A1.ipynb')
+    check(known, f'{path}: cannot tell which assignment this is; put it in the file name, as in my-A1.ipynb')
     return content, known[0], [source.strip().partition('\n')[0][:60] for source in sources]
 
 
 def printable(text: str) -> str:
-    """On one line, and nothing that a terminal would obey."""
+    """The text on one line, without control characters."""
     return ''.join(c if c.isprintable() else ' ' for c in text)
 
 
 def main(argv: list[str]):
     parser = Parser(prog='grade.py', description=__doc__)
     parser.add_argument('notebook')
-    parser.add_argument('--seed', type=int, default=0, help='of the numbers that tasks are asked with [0]')
-    parser.add_argument('--seconds', type=float, help='limit for each cell and each task [60; A4, A5: 300]')
+    parser.add_argument('--seed', type=int, default=0, help='seed of the inputs to the tasks [0]')
+    parser.add_argument('--seconds', type=float, help='time limit for each cell and task [60; A4, A5: 300]')
     args = parser.parse_args(argv)
     sys.stdout.reconfigure(errors='backslashreplace')
     check(0 <= args.seed < 2 ** 31, f'--seed {args.seed}: must be in [0, 2^31)')

@@ -1,11 +1,11 @@
-"""Runs a notebook for grade.py, in a process of its own, and asks its functions what tasks.py asks.
+"""Runs a notebook for grade.py, in a separate process, and runs the checks of tasks.py on its functions.
 
     python probes.py NOTEBOOK A1 FOLDER SEED [STEP ...]
 
-Runs the notebook's code cells, then calls the student's functions with inputs made from SEED. What they
-return goes to FOLDER, a file a task; nothing is judged here, because the student's code, which shares this
-process, could reach the judge. A step ('code cell 3', 'task encode') that is named is left out: it hung or
-died before. Of the solution, a task is then asked again for each classic mistake (solutions/mistakes.py).
+Runs the notebook's code cells, then calls the student's functions with inputs made from SEED. The
+results are written to FOLDER, one file per task. Nothing is judged here, because the student's code shares
+this process and could tamper with the judge. Each STEP ('code cell 3', 'task encode') is skipped: it hung or
+died before. For the solution, each task is run again with each classic mistake (solutions/mistakes.py).
 """
 import json
 import os
@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from tasks import TASKS
 
-PRINTED = 2 ** 20                       # bytes that a notebook may print
-IN_PLACE = dict(top_k=0, top_p=0, cached_step=3, by_heart=0)    # arguments that a function may change
+PRINTED = 2 ** 20                       # limit on the output of a notebook, in bytes
+IN_PLACE = dict(top_k=0, top_p=0, cached_step=3, by_heart=0)    # index of the argument it may modify
 
 
 def snapshot(value):
@@ -36,7 +36,7 @@ def snapshot(value):
 
 
 class Student:
-    """The functions that the notebook defined, which must leave alone what they are handed."""
+    """The functions that the notebook defined, which must not modify their arguments."""
 
     def __init__(self, names: dict):
         self.names = names
@@ -50,13 +50,13 @@ class Student:
             before = snapshot(ours)
             result = self.names[name](*args)
             if snapshot(ours) != before:
-                raise ValueError(f'{name} changes what it is handed, which belongs to the caller')
+                raise ValueError(f'{name} modifies its arguments, which must stay unchanged')
             return result
         return careful
 
 
 def plain(value, depth=0):
-    """A copy of tensors, numbers and lists of them, to be read back without running anybody's code."""
+    """A copy of tensors, numbers and lists of them, which can be loaded without running any code."""
     if isinstance(value, (np.ndarray, np.generic)):
         value = torch.as_tensor(value)
     if isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_quantized:
@@ -69,7 +69,7 @@ def plain(value, depth=0):
         return value
     if isinstance(value, int) and abs(value) < 2 ** 63:
         return int(value)
-    raise TypeError(f'{type(value).__name__} is not what was asked for')
+    raise TypeError(f'{type(value).__name__} is not a supported return value')
 
 
 def describe(error: BaseException) -> str:
@@ -79,13 +79,13 @@ def describe(error: BaseException) -> str:
               if frame.filename.startswith('code cell ')]
     try:
         text = f': {error}'
-    except Exception:                       # a student's own exception may fail at this
+    except Exception:                       # a student's own exception class can fail here
         text = ''
     return type(error).__name__ + text.rstrip(': ')[:200] + (f' ({places[-1]})' if places else '')
 
 
 def compiled(source: str, name: str):
-    """A cell's code; lines in Jupyter's language (%magic, !command, name?) are left out if Python minds."""
+    """A cell's code; lines of Jupyter syntax (%magic, !command, name?) are skipped if Python rejects them."""
     try:
         return compile(source, name, 'exec')
     except SyntaxError:
@@ -100,7 +100,7 @@ def write(path: Path, content):
 
 
 def end_if_talkative():
-    """Ends the process while `step` still names what printed so much."""
+    """Ends the process if it printed too much, while `step` still names the cause."""
     print(end='', flush=True)
     if os.fstat(1).st_size > PRINTED:
         os._exit(1)
@@ -128,14 +128,14 @@ def main(notebook: str, assignment: str, folder: str, seed: str, *skipped: str):
         if step in skipped or source.lstrip().startswith('# not for the grader'):
             continue
         (folder / 'step').write_text(step)
-        torch.manual_seed(number)                               # the same numbers in every run
+        torch.manual_seed(number)                               # the same random numbers in every run
         try:
             exec(compiled(source, step), names)
         except BaseException as error:
             complaints.append((step, describe(error)))
         write(folder / 'complaints', complaints)
         end_if_talkative()
-    # torch.empty gives NaN from here on, and not what happens to lie there
+    # from here on torch.empty gives NaN instead of arbitrary values
     torch.use_deterministic_algorithms(True, warn_only=True)
     for task in TASKS[assignment]:
         step = f'task {task.__name__}'
@@ -154,4 +154,4 @@ def main(notebook: str, assignment: str, folder: str, seed: str, *skipped: str):
 
 if __name__ == '__main__':
     main(*sys.argv[1:])
-    os._exit(0)                             # whatever the notebook left running or registered to run at exit
+    os._exit(0)                             # even if the notebook left threads or exit handlers

@@ -1,8 +1,8 @@
-"""What each task of A1 to A5 asks: the checks of grade.py, which probes.py runs beside the student's code.
+"""The tasks of A1 to A5: the checks of grade.py, which probes.py runs in the process of the student's code.
 
-A task is a generator of checks, (points, what is computed, how). Inputs are made from the seed. A check calls
-the function of its own task only, so that one mistake costs one task; what it leans on is handed to it, and
-must be the same afterwards. Nothing is judged here: answers are compared in a process of their own.
+A task is a generator of checks: (points, what is computed, how). Inputs are generated from the seed. A check
+calls only the function of its own task, so one mistake costs one task. All that the function needs is passed
+in and must not be modified. Nothing is graded here: answers are compared in a separate process.
 """
 import sys
 from dataclasses import asdict
@@ -21,7 +21,7 @@ from vqvae import VQVAE, Phi                                                    
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:
-    """float64, so that no two ways to compute the same thing part at a tie."""
+    """float64, so that equivalent computations do not disagree at near ties."""
     return torch.from_numpy(np.random.default_rng([seed, *shape]).normal(size=shape))
 
 
@@ -31,7 +31,7 @@ def gradients_of(scalar: torch.Tensor, leaves: list) -> list:
 
 
 def questions(**points: int):
-    """A task whose function takes nothing and returns a dict of answers."""
+    """A task whose function takes no arguments and returns a dict of answers."""
     def questions(student, seed):
         for name, worth in points.items():
             yield worth, f'the answer {name!r}', lambda name=name: student.questions()[name]
@@ -43,7 +43,7 @@ LANDSCAPE = [(1, 1), (1, 2), (2, 3), (4, 6)]
 
 
 def pyramid(seed: int, scales: list) -> tuple:
-    """As many tokens as two pictures have, a codebook, a phi for each scale, and the scales."""
+    """Random tokens for two images, a codebook, a phi for each scale, and the scales."""
     phis = [Phi(4, 4, 3, padding=1).double().requires_grad_(False) for _ in scales]
     for k, phi in enumerate(phis):
         phi.weight.copy_(normal(seed + k, 4, 4, 3, 3) / 6)
@@ -65,7 +65,7 @@ def phi_index(student, seed):
 def encode(student, seed):
     for points, scales in ((1, [(3, 5)]), (3, LANDSCAPE)):
         f_BCHW = normal(seed, 2, 4, *scales[-1])
-        yield points, f'tokens of two pictures at scales {scales}', \
+        yield points, f'tokens of two images at scales {scales}', \
             lambda: student.encode(f_BCHW, *pyramid(seed, scales)[1:])
 
 
@@ -81,7 +81,7 @@ def teacher_inputs(student, seed):
 
 
 def with_gradients(function, *tensors) -> list:
-    """The value, and the gradients of its sum in random proportions, for each tensor that goes in."""
+    """The value, and the gradient of a random weighted sum of its entries for each tensor."""
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
     value = function(*leaves)
     return [value, *gradients_of((value * normal(99, *value.shape)).sum(), leaves)]
@@ -131,7 +131,7 @@ def block_mask(student, seed):
 
 
 class Operations(TorchDispatchMode):
-    """Counts the operations that torch is asked for, and the lines of Python that run."""
+    """Counts torch operations and executed lines of Python."""
     count = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
@@ -161,7 +161,7 @@ def attention(student, seed):
         return counted.count
     yield 1, '3 queries, 7 keys, no mask', lambda: attend(3, 7, None)
     yield 1, '5 queries, 7 keys, a mask', lambda: attend(5, 7, normal(seed, 5, 7) + 3 * torch.eye(5, 7) > 0)
-    yield 1, 'as many operations, or nearly, for 64 tokens as for 8: no loop over tokens', \
+    yield 1, 'about as many operations for 64 tokens as for 8: no loop over tokens', \
         lambda: operations(64) < 1.5 * operations(8)
 
 
@@ -170,7 +170,7 @@ def cached_step(student, seed):
     maps = [[normal(seed + i, 2, 3, length, 5) for i in range(3)] for length in lengths]
 
     def attend(q, k, v):
-        return F.scaled_dot_product_attention(q, k, v, scale=1.0)       # not the one that is there anyway
+        return F.scaled_dot_product_attention(q, k, v, scale=1.0)       # scale differs from torch's default
 
     def run(window):
         cache, outputs, sizes = [], [], []
@@ -200,19 +200,19 @@ def sees(student, seed):
         return F.scaled_dot_product_attention(x, x, x, attn_mask=mask_LL)
 
     def centred(x):
-        return x - x.mean(-1, keepdim=True)             # whose sum is 0, and so has no gradient
+        return x - x.mean(-1, keepdim=True)             # its sum is always 0, and so is the gradient
 
     def balanced(x):
-        """Turns a vector of length 1: the gradient of its squares' sum is exactly 0."""
+        """Cosine, sine and ones: the gradient of the sum of squares is exactly 0."""
         return torch.cat([x[..., :1].cos(), x[..., :1].sin(), torch.ones_like(x[..., 2:])], -1)
 
     def first_sees(x):
-        """Scale 0 depends on scale `late`, and not on itself."""
+        """Scale 0 depends on scale `late`, but not on itself."""
         start = sum(lengths[:late])
         return torch.cat([x[:, start:start + 1] * 2, x[:, 1:]], 1)
 
     def leaks(i):
-        """One number of scale `early` depends on one of scale `late`; all else stays as it is."""
+        """One number of scale `early` depends on one of scale `late`; the rest is the identity."""
         out, into = (sum(lengths[:k]) + (random.permutation(lengths[k]) if 0 < i < 3 else
                                          [0, 0, 0, lengths[k] - 1])[i] for k in (early, late))
         there, here = random.integers(1, D - 1, 2)
@@ -221,13 +221,13 @@ def sees(student, seed):
         return lambda x: x + leak.to(x) * x[:, into, here]
     hidden = [leaks(i) for i in range(4)]
     for layers, what in (([lambda x: attend(x, earlier_LL), lambda x: attend(x, blind_LL), first_sees],
-                          'layers that are block-causal, blind for a scale, or see a later one only'),
+                          'layers that are block-causal, blind to a scale, or see only a later one'),
                          ([lambda x: centred(attend(x, leaky_LL)), lambda x: attend(x, leaky_LL) ** 2],
-                          'a leaky layer whose outputs sum to 0, and one that squares them'),
+                          'a leaky layer whose outputs sum to 0, and one that squares its outputs'),
                          ([lambda x: F.normalize(attend(x, leaky_LL), dim=-1),
                            lambda x: balanced(attend(x, leaky_LL))],
-                          'leaky layers whose outputs keep one length'),
-                         (hidden, 'layers of which one number leaks, at places of every kind')):
+                          'leaky layers whose outputs have constant length'),
+                         (hidden, 'layers that leak a single number, at various positions')):
         yield 1, f'{what}, scales of {lengths} tokens', \
             lambda: [student.sees(layer, list(lengths), D) for layer in layers]
 
@@ -268,12 +268,12 @@ def top_p(student, seed):
 def draw(student, seed):
     logits = normal(seed, 2, 500, 8)
     noise = torch.from_numpy(np.random.default_rng(seed).random((2, 500)))
-    yield 2, 'tokens of 1000 places', lambda: student.draw(logits, noise)
-    # ten tenths sum to a little less than 1; codes of probability 0 stand before and after
+    yield 2, 'tokens at 1000 positions', lambda: student.draw(logits, noise)
+    # ten tenths sum to slightly less than 1; there are codes of probability 0 before and after
     tenths = torch.full((14,), -torch.inf).double()
     tenths[1:11] = 0
     ends = torch.tensor([[0.0, 1 - 2.0 ** -53]], dtype=torch.float64)
-    yield 1, 'tokens of probabilities 0, ten times 0.1, 0 0 0, at noise 0 and the largest number below 1', \
+    yield 1, 'tokens for probabilities 0, ten times 0.1, 0 0 0, at noise 0 and the largest number below 1', \
         lambda: student.draw(tenths.repeat(1, 2, 1), ends)
 
 
@@ -284,7 +284,7 @@ def sample_tokens(student, seed):
     def pick(logits_BlV, k):
         return draw_tokens(logits_BlV, noise_BL.split(tokenizer.scale_lengths, 1)[k], 0, 0.8)
     for points, t_K in ((1, [0.0, 0.0, 0.0, 0.0]), (3, [2.0, 0.0, 1.0, 3.0])):
-        yield points, f'tokens of eight pictures of CIFAR-10, strengths {t_K}', \
+        yield points, f'tokens of eight CIFAR-10 samples, strengths {t_K}', \
             lambda: student.sample_tokens(tokenizer, var, torch.arange(8), t_K, pick)
 
 
@@ -295,7 +295,7 @@ def known_places(student, seed):
         known_HW = torch.zeros(size, size, dtype=torch.bool)
         known_HW[:rows], known_HW[:, :columns] = True, True
         asked += [(known_HW, scales), (torch.from_numpy(random.random((size, size)) < 0.8), scales)]
-    yield 1, 'known places of maps of 8x8, 6x6 and 5x5, in the shape of an L or here and there', \
+    yield 1, 'known tokens of 8x8, 6x6 and 5x5 maps, known in an L or in scattered areas', \
         lambda: [student.known_places(*pair) for pair in asked]
 
 
@@ -307,37 +307,37 @@ def complete(student, seed):
         return tokenizer.nearest_codes(tokenizer.shrink(wanted_BCHW - f_hat_BCHW, k))
     known_L = torch.from_numpy(np.random.default_rng(seed).random(85) < 0.5)
     for what, places_L in (('nothing', known_L & False), ('half', known_L)):
-        yield 1 if what == 'nothing' else 3, f'tokens of four pictures of which {what} is known', \
+        yield 1 if what == 'nothing' else 3, f'tokens of four images of which {what} is known', \
             lambda: student.complete(tokenizer, f_BCHW, places_L, draw_scale)
 
 
 # ------------------------------------------------------------------------------- A4: open-ended
-A4_BATCHES, A4_BATCH, A4_ENCODED = 200, 32, 8_000       # pictures may pass the encoder so often in all
+A4_BATCHES, A4_BATCH, A4_ENCODED = 200, 32, 8_000       # A4_ENCODED: limit on the images encoded
 
 
 def train_tokenizer(student, seed):
     def trained():
-        from train import draw_shapes           # here, since it takes long to import and only A4 needs it
+        from train import draw_shapes           # imported here because it is slow and A1 to A3 don't need it
         count, features = 0, VQVAE.features
 
         def counted(self, images):
             nonlocal count
             count += len(images)
             if count > A4_ENCODED:
-                raise RuntimeError(f'the budget of {A4_ENCODED} pictures through the encoder is spent')
+                raise RuntimeError(f'the budget of {A4_ENCODED} images through the encoder is used up')
             return features(self, images)
         VQVAE.features = counted
         pictures, _ = draw_shapes(A4_BATCHES * A4_BATCH, seed=seed + 1)
         tokenizer = student.train_tokenizer(iter(pictures.split(A4_BATCH)))
         return asdict(tokenizer.config), dict(tokenizer.state_dict())
-    yield 20, f'a tokenizer trained on {A4_BATCHES * A4_BATCH} pictures', trained
+    yield 20, f'a tokenizer trained on {A4_BATCHES * A4_BATCH} images', trained
 
 
 # ------------------------------------------------------------------------------- A5: training stage 2
 def hide_labels(student, seed):
     labels_B = torch.from_numpy(np.random.default_rng(seed).integers(10, size=50))
     noise_B = torch.from_numpy(np.random.default_rng(seed).random(50))
-    noise_B[0] = 0.3                                        # never below the rate, when that is 0.3
+    noise_B[0] = 0.3                                        # equal to the rate 0.3, so not hidden
     null = 10 + seed % 7
     yield 1, f'fifty labels at rates 0.3, 0 and 1, null class {null}', \
         lambda: [student.hide_labels(labels_B, noise_B, rate, null) for rate in (0.3, 0.0, 1.0)]
@@ -359,7 +359,7 @@ def last_inputs(student, seed):
     def inputs():
         found = student.last_inputs(tokenizer, tokens_BL)
         return [found, found.requires_grad]
-    yield 3, 'inputs of three pictures, and that no gradient hangs on them', inputs
+    yield 3, 'inputs of three images, without a gradient', inputs
 
 
 def small_var(seed: int) -> VAR:
@@ -368,8 +368,8 @@ def small_var(seed: int) -> VAR:
 
 
 def drawings(count: int, seed: int) -> tuple:
-    """Labels, tokens by the committed tokenizer, and the two kinds of inputs, of so many drawings."""
-    from train import draw_shapes, to_float             # here, since it takes long to import
+    """Labels, tokens from the committed tokenizer and both kinds of inputs, for `count` drawn shapes."""
+    from train import draw_shapes, to_float             # imported here because it is slow
     tokenizer = sample.load(ROOT / 'notebooks' / 'cifar10.pt')[0]
     pictures, labels_N = draw_shapes(count, seed)
     tokens_NL = tokenizer.encode(to_float(pictures))
@@ -380,7 +380,7 @@ def drawings(count: int, seed: int) -> tuple:
 
 def by_heart(student, seed):
     _, tokens_BL, inputs = drawings(8, seed)
-    yield 6, 'a transformer that knows eight drawings by heart', lambda: dict(
+    yield 6, 'a transformer that has memorised eight drawn shapes', lambda: dict(
         student.by_heart(small_var(seed), torch.arange(8), inputs['f_hat'], tokens_BL).state_dict())
 
 
@@ -390,7 +390,7 @@ def ablation(student, seed):
     def trained():
         models = student.ablation(lambda: small_var(seed), labels_N, inputs, tokens_NL)
         return {name: dict(models[name].state_dict()) for name in inputs}
-    yield 6, 'two transformers trained on 480 drawings', trained
+    yield 6, 'two transformers trained on 480 drawn shapes', trained
 
 
 TASKS = {'A1': [phi_index, encode, decode, teacher_inputs, straight_through, vq_loss, rotation_trick,

@@ -1,4 +1,4 @@
-"""The grader, held to its word: stubs get nothing, solutions all, a planted bug costs its own task only.
+"""Tests of the grader: stubs get no points, solutions all, and a planted bug costs only its own task.
 
     pytest -m '' notebooks/assignments
 """
@@ -26,7 +26,7 @@ def solution(assignment: str) -> dict:
 
 
 def changed(assignment: str, task: str, old: str, new: str, first: str = '') -> bytes:
-    """The solution with something changed in the cell of a task, and perhaps a cell put first."""
+    """The solution with `old` replaced in the cell of a task, and with `first`, if any, as first cell."""
     notebook = solution(assignment)
     cell, = [cell for cell in notebook['cells'] if f'def {task}(' in ''.join(cell['source'])]
     assert ''.join(cell['source']).count(old) == 1, old
@@ -74,7 +74,7 @@ def test_stub_and_solution_differ_only_in_what_is_to_be_written(assignment):
 
 @pytest.fixture(scope='module')
 def graded_mistakes(request):
-    """Grades all mistakes that are asked for, two at a time, each on one core: most of it is starting up."""
+    """Grades all selected mistakes, two at a time, each on one core, because most of the time is startup."""
     asked = [item.callspec.params['mistake'] for item in request.session.items
              if getattr(item, 'originalname', '').startswith('test_a_mistake')]
     for assignment in sorted({mistake[0] for mistake in asked}):
@@ -99,7 +99,7 @@ def test_a_mistake_costs_its_own_task_and_no_other(mistake, graded_mistakes):
 @pytest.mark.slow
 @pytest.mark.parametrize('assignment', [*A123, 'A5'])
 def test_mistakes_are_caught_at_every_seed_and_nearly_all_are_named(assignment):
-    """All of them, each asked about its own task; what is trained, the notebooks above train."""
+    """Checks every mistake, in its own task only; trained tasks are covered by the test above."""
     named, asked = 0, 0
     for seed in SEEDS:
         for task, expected in grade.reference(assignment, seed).items():
@@ -114,7 +114,7 @@ def test_mistakes_are_caught_at_every_seed_and_nearly_all_are_named(assignment):
 
 FOLDER = 'import os, sys, torch\nfolder = sys.argv[3]\n'
 ALL = [task.__name__ for task in grade.TASKS['A1']]
-BAD = [                         # what a notebook does, in its first cell or in a task; what is said of it
+BAD = [                         # what it does; first cell; code in decode; remark; tasks that lose points
     ('loops in a cell', 'while True: pass', '', 'code cell 1: ran longer than 4 seconds', []),
     ('loops in a task', '', 'while True: pass', 'task decode: ran longer than 4 seconds', ['decode']),
     ('exits', 'import sys; sys.exit(0)', '', 'code cell 1: SystemExit: 0', []),
@@ -192,7 +192,7 @@ def test_results_are_read_without_running_what_is_in_them(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('assignment', A123)
 def test_another_seed_asks_every_task_with_other_numbers(assignment):
-    """So that answers which were copied from the grader's own lines are worth nothing."""
+    """Answers copied from the grader's messages therefore earn nothing."""
     for name, rows in grade.reference(assignment, 0).items():
         others = grade.reference(assignment, 3)[name]
         assert name == 'questions' or any(
@@ -324,7 +324,7 @@ def last_inputs(tokenizer, tokens):
 @pytest.mark.slow
 @pytest.mark.parametrize('assignment', RIGHT)
 def test_other_right_answers_get_full_points(assignment):
-    """Other types, other algorithms, in place where that is allowed, and arguments of other names."""
+    """Other types, algorithms and argument names, and in-place operations where they are allowed."""
     notebook = solution(assignment)
     notebook = with_cell(notebook, RIGHT[assignment], len(notebook['cells']))
     shares, _ = points(json.dumps(notebook).encode(), assignment)
@@ -338,7 +338,7 @@ def test_a_cell_that_is_not_graded_may_fail_and_a_check_that_fails_says_both_sid
     broken = with_cell(solution('A1'), 'assert False', len(solution('A1')['cells']))
     (tmp_path / 'solutions' / 'A1.ipynb').write_text(json.dumps(broken))
     monkeypatch.setattr(grade, 'HERE', tmp_path)
-    assert len(grade.reference('A1', 1001)) == 8                # a seed that nobody else asks for
+    assert len(grade.reference('A1', 1001)) == 8                # a seed that no other test uses
     wrong = changed('A1', 'phi_index', 'k / (K - 1)', 'k / K')
     monkeypatch.undo()
     _, remarks = points(wrong, 'A1')
@@ -370,7 +370,7 @@ def test_a4_measures_the_tokenizer_itself_and_refuses_one_beyond_the_limits():
     assert 'at most 680 bits' in judged(config | dict(vocab_size=512), large)[1]    # 85 tokens of 9 bits
     assert '650,000 parameters' in judged(config, VQVAE(VQVAEConfig(channels=128)).state_dict())[1]
     assert judged(config, {name: weight * float('nan') for name, weight in untrained.items()})[0] == 0
-    assert judged(config | dict(res_blocks=10 ** 7), {})[0] == 0                            # and at once
+    assert judged(config | dict(res_blocks=10 ** 7), {})[0] == 0                            # and immediately
     assert judged(config, {})[0] == judged('20/20', None)[0] == 0
 
 
@@ -381,7 +381,7 @@ def test_a5_measures_what_was_trained_itself():
     for value in ('6/6', None, {}, untrained, nan, {'head.weight': untrained['head.weight']}):
         assert grade.judge_by_heart(value, seed=0)[0] == grade.judge_ablation(value, seed=0)[0] == 0
         assert grade.judge_ablation(dict(f_hat=value, last=value), seed=0)[0] == 0
-    assert grade.judge_by_heart(untrained, seed=0)[1].startswith('6.93')                # nats a token: ln V
+    assert grade.judge_by_heart(untrained, seed=0)[1].startswith('6.93')                # nats per token: ln V
 
 
 @pytest.mark.slow
@@ -391,18 +391,18 @@ def test_a4_ends_when_the_budget_of_pictures_is_spent():
     greedy = changed('A4', 'train_tokenizer', start, spend + start)
     tasks, _ = grade.grade(greedy, 'A4')
     points, _, lines = tasks['train_tokenizer']
-    assert points == 0 and 'the budget of 8000 pictures' in lines[0]
+    assert points == 0 and 'the budget of 8000 images' in lines[0]
 
 
 @pytest.mark.slow
 def test_what_cannot_be_graded_is_refused_with_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(grade, 'HERE', tmp_path)                # where no solutions are
+    monkeypatch.setattr(grade, 'HERE', tmp_path)                # a folder without solutions
     with pytest.raises(grade.UserError, match='A2.ipynb: is missing'):
         grade.reference('A2', 99)
-    bad = [('A1.ipynb', None, 'is no file'), ('A1.ipynb', '{', 'not a Jupyter notebook'),
+    bad = [('A1.ipynb', None, 'not a file'), ('A1.ipynb', '{', 'not a Jupyter notebook'),
            ('A1.ipynb', '{"cells": [3], "metadata": {}}', 'not a Jupyter notebook'),
            ('A1.ipynb', '[' * 10 ** 5, 'not a Jupyter notebook'),
-           ('mine.ipynb', '{"cells": [], "metadata": {}}', 'not known which assignment')]
+           ('mine.ipynb', '{"cells": [], "metadata": {}}', 'cannot tell which assignment')]
     for name, content, said in bad:
         if content:
             (tmp_path / name).write_text(content)
