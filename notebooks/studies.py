@@ -1,28 +1,27 @@
-"""The paper's studies at small scale: next-token against next-scale prediction, ablation, scaling laws.
+"""The paper's studies at small scale: next-token against next-scale prediction, and scaling laws.
 
-    python notebooks/studies.py ablation --data-dir DIR         # -> notebooks/ablation-cifar10-cpu.csv
-    python notebooks/studies.py ablation --preset shapes        # the same on drawn shapes, in minutes
+    python notebooks/studies.py orders --preset shapes --dtype bfloat16     # -> notebooks/orders-shapes.csv
+    python notebooks/studies.py orders --data-dir DIR --dtype bfloat16      # -> orders-cifar10-cpu.csv
     python notebooks/studies.py scaling --data-dir DIR          # -> scaling-cifar10-cpu.csv, six sizes
     python notebooks/studies.py predict                         # -> prediction-cifar10-cpu.csv, a seventh
     python notebooks/studies.py largest --data-dir DIR          # trains the seventh
     python notebooks/studies.py sheet                           # -> images/size-by-training-cifar10-cpu.png
-    python notebooks/studies.py speed                           # -> speed.csv: sampling with AR and VAR
 
-Each run is a train.py command, which is printed. Finished runs are skipped, and interrupted ones are resumed.
-To add a row, add it to ROWS or SIZES. The committed rows of CIFAR-10 used --dtype bfloat16, on a CPU where
-it is fast; those of shapes used float32.
+Finished runs are skipped. `orders` trains the models of orders.py and writes a row of its CSV after each; to
+measure a row again, delete it. The runs of `scaling` are train.py commands, which are printed; interrupted
+ones are resumed. All committed rows used bfloat16, on a CPU where it is fast.
 """
 import argparse
 import csv
 import io
 import itertools
+import json
 import math
 import os
 import shlex
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,67 +31,17 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-from bench import flops_of, seconds_of                                                  # noqa: E402
-from judge import Judge, frechet_distance, load_judge, read_images                      # noqa: E402
+from bench import flops_of                                                              # noqa: E402
+from judge import (Judge, ResidualJudge, frechet_distance, load_judge,                  # noqa: E402
+                   precision_and_recall, read_images)
 from measure import psnr                                                                # noqa: E402
+from orders import ORDERS, ROWS, SETTINGS, Model, Order, fit, steps_of, train_flops     # noqa: E402
 from sample import (Parser, UserError, check, choose_device, draw, grid, load,          # noqa: E402
-                    run_command, save_file, save_image, to_uint8)
-from train import MAY_CHANGE, POSITIVE, flag, make, parse, read_save, to_float          # noqa: E402
+                    load_tokenizer, open_checkpoint, run_command, save_checkpoint, save_file, save_image,
+                    to_float, to_uint8)
+from train import MAY_CHANGE, POSITIVE, draw_shapes, flag, make, parse, read_save       # noqa: E402
 from var import VAR, VARConfig                                                          # noqa: E402
 from vqvae import VQVAE, VQVAEConfig                                                    # noqa: E402
-
-TOKENIZERS = {('cifar10-cpu', 'scale'): 'notebooks/cifar10.pt'}             # the others are trained
-# by preset: steps of a tokenizer; training FLOPs of a row of the ablation; its top-k, 15% of the codes, as in
-# the paper (600 of 4,096)
-SETTINGS = {'cifar10-cpu': (10_000, 3e13, 150), 'shapes': (750, 3e12, 40)}
-GUIDANCE = 1.0, 2.0, 4.0            # a guided row uses the one with samples nearest to real images
-AR, VAR_PLAIN = '--order raster --scales 8 --no-adaln --no-unit-norm', '--no-adaln --no-unit-norm'
-ROWS = [                            # name, name of its runs, their flags and seeds, sampling options
-    ('AR', 'ar', AR, (0, 1), ()),
-    ('AR, top-k and guidance', 'ar', AR, (0, 1), ('top_k', 'cfg')),
-    ('AR with all of the below', 'ar-all', '--order raster --scales 8', (0,), ('top_k', 'cfg')),
-    ('VAR', 'var', VAR_PLAIN, (0, 1), ()),
-    ('VAR, top-k and guidance', 'var', VAR_PLAIN, (0, 1), ('top_k', 'cfg')),
-    ('+ AdaLN', 'adaln', '--no-unit-norm', (0,), ()),
-    ('+ top-k', 'adaln', '--no-unit-norm', (0,), ('top_k',)),
-    ('+ guidance', 'adaln', '--no-unit-norm', (0,), ('top_k', 'cfg')),
-    ('+ attention norm', 'norm', '', (0,), ('top_k', 'cfg')),
-    ('twice the depth', 'deep', '--depth 4', (0,), ('top_k', 'cfg'))]
-SIZES, LARGEST, STEPS = (1, 2, 3, 4, 5, 6), 7, 320                          # depths, and steps of each
-MEASURES = ('loss', 'loss_8x8', 'error', 'error_8x8')                       # of all scales, of the last one
-JUDGED = 2000                       # samples per row
-SHEET = (1, 3, 6), (0.2, 0.6, 1.0)                                          # depths, fractions of training
-PYRAMIDS = {8: (1, 2, 4, 8), 16: (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)}        # for the speed study
-
-
-class Run(NamedTuple):
-    """A training run of stage 2: the folder's name, and the flags of train.py besides the preset."""
-    name: str
-    flags: str
-    steps: int
-
-
-# ------------------------------------------------------------------------------------------------------ runs
-def settings_of(preset: str, flags: str) -> tuple[VQVAEConfig, VARConfig]:
-    args, _ = parse(['--preset', preset, *flags.split()])
-    return make(VQVAEConfig, args), make(VARConfig, args, num_classes=10)
-
-
-def parameters_of(config: VARConfig) -> int:
-    with torch.device('meta'):
-        return sum(parameter.numel() for parameter in VAR(config).parameters())
-
-
-def at_equal_compute(args: argparse.Namespace, name: str, flags: str, seed: int = 0) -> Run:
-    """A run with the ablation's training FLOPs per row."""
-    flags = f'--depth 2 {flags}' if '--depth' not in flags else flags
-    flops = flops_of(*settings_of(args.preset, flags))['train'] * batch_size(args)
-    steps = max(5, round(args.share * SETTINGS[args.preset][1] / flops))
-    return Run(f'{name}-{seed}', f'{flags} --seed {seed}', steps)
-
-
-def of_size(args: argparse.Namespace, depth: int) -> Run:
-    return Run(f'size-{depth}', f'--depth {depth}', max(5, round(args.share * STEPS)))
 
 
 def folder_of(args: argparse.Namespace, name: str) -> Path:
@@ -102,10 +51,6 @@ def folder_of(args: argparse.Namespace, name: str) -> Path:
 def result(args: argparse.Namespace, name: str) -> Path:
     """Path of a CSV or image that a study writes: next to this file or, in a trial, next to its runs."""
     return (HERE if args.share == 1 else folder_of(args, '')) / name
-
-
-def batch_size(args: argparse.Namespace) -> int:
-    return parse(['--preset', args.preset])[0].batch_size
 
 
 def call_train(args: argparse.Namespace, out: Path, flags: str):
@@ -124,39 +69,11 @@ def call_train(args: argparse.Namespace, out: Path, flags: str):
     if not args.quiet:
         print('python', shlex.join(command), flush=True)
     stderr = subprocess.PIPE if args.quiet else None
-    process = subprocess.Popen([sys.executable, *command], cwd=HERE.parent, stderr=stderr, text=True,
-                               stdout=subprocess.DEVNULL if args.quiet else None)
-    while True:
-        try:
-            said = (process.communicate()[1] or '').strip().splitlines()
-            break
-        except KeyboardInterrupt:                               # train.py gets it too, and saves
-            continue
-    check(process.returncode == 0, f'{out}: train.py ended with status {process.returncode}; to '
-          f'resume, repeat the command after fixing this: {said[-1] if said else "see above"}')
-
-
-def train(args: argparse.Namespace, run: Run):
-    """Trains a run unless it is finished; trains its tokenizer first if necessary."""
-    out, order = folder_of(args, run.name), 'raster' if 'raster' in run.flags else 'scale'
-    tokenizer = TOKENIZERS.get((args.preset, order))
-    if tokenizer is None:
-        folder = folder_of(args, f'tokenizer-{order}')
-        scales = '--order raster --scales 8' if order == 'raster' else ''
-        steps = max(5, round(args.share * SETTINGS[args.preset][0]))
-        call_train(args, folder, f'--stage vqvae {scales} --vqvae-steps {steps}')
-        tokenizer = os.path.relpath(folder / 'vqvae.pt', HERE.parent)
-    cache = '' if args.share == 1 else '--no-cache-tokens'      # caching takes longer than a trial
-    call_train(args, out, f'--stage var --tokenizer {tokenizer} --keep-models {run.flags} --var-steps '
-               f'{run.steps} --save-every-steps {max(1, run.steps // 5)} {cache}')
-
-
-def validations(out: Path) -> list[dict]:
-    """Validation metrics that train.py logged; error is 1 - accuracy."""
-    found = [{name: float(value) for name, value in row.items() if value and name != 'split'}
-             for row in csv.DictReader((out / 'var.csv').read_text().splitlines()) if row['split'] == 'val']
-    return [row | {name.replace('accuracy', 'error'): 1 - value for name, value in row.items()
-                   if name.startswith('accuracy')} for row in found]
+    done = subprocess.run([sys.executable, *command], cwd=HERE.parent, stderr=stderr, text=True,
+                          stdout=subprocess.DEVNULL if args.quiet else None)
+    said = (done.stderr or 'see above').strip().splitlines()[-1]
+    check(done.returncode == 0, f'{out}: train.py ended with status {done.returncode}; to resume, repeat the '
+          f'command after fixing this: {said}')
 
 
 def write_csv(path: Path, rows: list[dict]):
@@ -172,12 +89,10 @@ def write_csv(path: Path, rows: list[dict]):
 def read_csv(path: Path) -> list[dict]:
     """Rows of a CSV, with numbers as int or float."""
     def value(text: str):
-        for kind in (int, float):
-            try:
-                return kind(text)
-            except ValueError:
-                pass
-        return text
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
     try:
         rows = csv.DictReader(path.read_text().splitlines())
         return [{name: value(text) for name, text in row.items()} for row in rows]
@@ -186,84 +101,194 @@ def read_csv(path: Path) -> list[dict]:
                         ) from None
 
 
-# -------------------------------------------------------------------------------------------- the ablation
-class Images(NamedTuple):
-    """For the evaluation of samples: the judge, and its features of JUDGED test and training images."""
-    judge: Judge
-    test: Tensor
-    training: Tensor
+# ----------------------------------------------------------------------------- next token against next scale
+GUIDANCE = [(0.0, True), *itertools.product((1.0, 2.0, 4.0, 8.0), (True, False))]       # cfg, ramp
+JUDGES = {'shapes': [(Judge, 'judge'), (ResidualJudge, 'judge-residual')], 'cifar10': [(Judge, 'judge')]}
+TWINS = 'VAR', 'one by one'
+DRAWN, CHOSEN_ON, JUDGED = 50_000, 500, 2000    # training images; samples to choose guidance, to judge a row
 
 
-def ablation(args: argparse.Namespace):
-    """Trains all rows at equal compute, and judges samples of each. Rows already in the CSV are kept: delete
-    a row to measure it again."""
-    runs = {(stem, seed): at_equal_compute(args, stem, flags, seed)
-            for _, stem, flags, seeds, _ in ROWS for seed in seeds}
-    for run in runs.values():
-        train(args, run)
-    name, path = args.preset.removesuffix('-cpu'), result(args, f'ablation-{args.preset}.csv')
-    real_images, real_labels, test_images, _ = read_images(name, args.data_dir or str(HERE.parent / 'data'))
-    judge = load_judge(name, real_images, real_labels, HERE.parent / f'out/judge-{name}.pt')
-    real_images = real_images[:JUDGED]
-    images = Images(judge, judge.features(test_images[:JUDGED]), judge.features(real_images))
-    before, rows, ceilings = read_csv(path) if path.exists() else [], [], {}
-    for title, stem, _, seeds, settings in ROWS:
-        for seed in seeds:
-            run = runs[stem, seed]
-            tokenizer, var, _ = load(folder_of(args, run.name) / f'var-{run.steps}.pt')
-            key = dict(row=title, seed=seed) | measure_run(args, run, var)
-            if known := [row for row in before if same(row, key)]:
-                rows.append(known[0])
-                continue
-            if var.config.order not in ceilings:                        # no samples can be better than these
-                ceilings[var.config.order] = measure_tokenizer(tokenizer, real_images, images)
-            rows.append(key | measure_samples(args, tokenizer, var, settings, images) |
-                        ceilings[var.config.order])
-            print(rows[-1], flush=True)
-    write_csv(path, rows)
+class Comparison:
+    """The study of orders on a data set: its images, judges and rows."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.settings, self.name = args, SETTINGS[args.preset], args.preset.removesuffix('-cpu')
+        self.path = result(args, f'orders-{args.preset}.csv')
+        self.rows = read_csv(self.path) if self.path.exists() else []
+        real, labels, *test = read_images(self.name, args.data_dir)
+        self.judges = [load_judge(self.name, real, labels, HERE.parent / f'out/{stem}-{self.name}.pt', kind)
+                       for kind, stem in JUDGES[self.name]]
+        self.images, self.labels = draw_shapes(DRAWN, 1) if self.name == 'shapes' else (
+            torch.cat([real, real.flip(-1)]), labels.repeat(2))
+        self.real, self.real_labels, self.test, self.test_labels = (
+            tensor[:JUDGED] for tensor in (real, labels, *test))
+        self.references = [[judge.features(images) for images in (self.test, self.real)]
+                           for judge in self.judges]
+
+    def tokenizer(self, order: Order, seed: int) -> tuple[VQVAE, Tensor, Tensor]:
+        """A tokenizer, trained if necessary, and the tokens of the training and of the test images."""
+        scales = ' '.join(map(str, order.scales))
+        seed = seed if self.name == 'shapes' else 0                     # CIFAR-10: one for all seeds
+        out = folder_of(self.args, f'tokenizer-{len(order.scales)}-{seed}')
+        steps = max(5, round(self.args.share * self.settings.tokenizer_steps))
+        call_train(self.args, out, f'--stage vqvae {self.settings.tokenizer} --vqvae-steps {steps} --seed '
+                   f'{seed} --scales {scales}' + ' --order raster' * (order.scales[0] > 1))
+        tokenizer = load_tokenizer(out / 'vqvae.pt')
+        if not (out / 'tokens.pt').exists():
+            with torch.no_grad():
+                tokens = [torch.cat([tokenizer.encode(to_float(part)).short() for part in images.split(250)])
+                          for images in (self.images, self.test)]
+            save_checkpoint(out / 'tokens.pt', 'tokens', tokens=tokens)
+        with open_checkpoint(out / 'tokens.pt', 'tokens') as saved:
+            return tokenizer, *saved['tokens']
+
+    def train(self, key: dict) -> tuple[VQVAE, Model, dict]:
+        """The tokenizer of a row, its trained model, and what the CSV has about the training."""
+        order, steps, seed = ORDERS[key['row']], key['steps'], key['seed']
+        tokenizer, tokens_NL, test_NL = self.tokenizer(order, seed)
+        torch.manual_seed(seed)
+        model, began = Model(order, self.settings.vocab_size), time.perf_counter()
+        fit(model, tokenizer, tokens_NL, self.labels, steps, self.settings.batch_size,
+            key['rate'] * self.settings.learning_rate, seed, self.args.dtype)
+        seconds, images = time.perf_counter() - began, steps * self.settings.batch_size
+        with torch.no_grad():
+            loss_L = torch.stack([model.loss(tokenizer, tokens_BL.long(), labels_B) for tokens_BL, labels_B in
+                                  zip(test_NL.split(500), self.test_labels.split(500))]).mean(0)
+        losses = {f'loss_{side}x{side}': part.mean().item()
+                  for side, part in zip(order.scales, loss_L.split(tokenizer.scale_lengths))}
+        return tokenizer, model, dict(
+            scales=' '.join(map(str, order.scales)), dtype=self.args.dtype, train_seconds=seconds,
+            images=images, train_flops=train_flops(key['row'], self.args.preset) * images,
+            passes=len(model.groups), parameters=sum(weight.numel() for weight in model.parameters()),
+            nats=loss_L.sum().item(), **losses)
+
+    def weights_of(self, key: dict) -> Path:
+        return folder_of(self.args, '{row}-{equal}-{steps}-{seed}.pt'.format(**key))
+
+    def samples(self, tokenizer, model: Model, count: int, seed: int, cfg: float, ramp: bool) -> Tensor:
+        labels = [i % 10 for i in range(count)]
+        batches = draw(tokenizer, model, labels, seed, 500, self.args.dtype, cfg=cfg, ramp=ramp)
+        return torch.cat([to_uint8(images) for images, _ in batches])
+
+    def choose_guidance(self, tokenizer: VQVAE, model: Model, key: dict) -> tuple[float, bool]:
+        """The guidance with samples closest to training images; for later seeds of a row, the first one's."""
+        for known in self.rows:
+            if known['guided'] == 1 and all(known[name] == key[name] for name in ('row', 'equal', 'steps')):
+                return known['cfg'], known['ramp']
+        features = [self.judges[0].features(self.samples(tokenizer, model, CHOSEN_ON, 1, *how))
+                    for how in GUIDANCE]
+        distances = [frechet_distance(found, self.references[0][1]) for found in features]
+        return GUIDANCE[distances.index(min(distances))]
+
+    def measures(self, images: Tensor, labels: Tensor) -> dict:
+        """Of uint8 images: the Frechet distance to test images in floors, the share recognised, precision and
+        recall; those of the second judge have a 2 in their names."""
+        found = {}
+        for judge, (test, real), number in zip(self.judges, self.references, ('', '2')):
+            features = judge.features(images)
+            values = (frechet_distance(features, test) / frechet_distance(real, test),
+                      judge.recognised(features, labels).mean().item(), *precision_and_recall(features, test))
+            found |= zip([name + number for name in ('floors', 'recognised', 'precision', 'recall')], values)
+        return found
+
+    def judge(self, tokenizer: VQVAE, model: Model, guided: int, cfg: float, ramp: bool) -> dict:
+        """Measures of JUDGED samples and, as the ceiling, of reconstructed training images."""
+        began = time.perf_counter()
+        images = self.samples(tokenizer, model, JUDGED, 0, cfg, ramp)
+        found = dict(guided=guided, cfg=cfg, ramp=int(ramp),
+                     sample_seconds=(time.perf_counter() - began) / JUDGED)
+        found |= self.measures(images, torch.arange(JUDGED) % 10)
+        with torch.no_grad():
+            made = torch.cat([tokenizer.decode(tokenizer.encode(to_float(x))) for x in self.real.split(250)])
+        ceiling = dict(psnr=psnr(made, self.real)) | self.measures(to_uint8(made), self.real_labels)
+        return found | {f'ceiling_{name}': value for name, value in ceiling.items()}
+
+    def draw_twins(self):
+        """images/orders-*.png: guided samples of the twins, after the longest training of the slower one."""
+        steps, images = max(row['steps'] for row in self.rows if row['row'] == 'one by one'), []
+        for row in self.rows:
+            if row['row'] in TWINS and (row['steps'], row['seed'], row['guided']) == (steps, 0, 1):
+                order = ORDERS[row['row']]
+                tokenizer, model = self.tokenizer(order, 0)[0], Model(order, self.settings.vocab_size)
+                with open_checkpoint(self.weights_of(row), 'study') as saved:
+                    model.load_state_dict(saved['weights'])
+                images.append(self.samples(tokenizer, model, 30, 2, row['cfg'], row['ramp']))
+        path = result(self.args, f'images/orders-{self.args.preset}.png')
+        save_image(path, grid(torch.cat(images), 10))
+        print(path)
 
 
-def same(row: dict, key: dict) -> bool:
-    """Whether a row from a CSV matches key."""
-    return all(row[name] == value if isinstance(value, str) else math.isclose(row[name], value, rel_tol=1e-5)
-               for name, value in key.items())
-
-
-def measure_run(args: argparse.Namespace, run: Run, var: VAR) -> dict:
-    images, last = run.steps * batch_size(args), validations(folder_of(args, run.name))[-1]
-    return dict(dtype=args.dtype, parameters=parameters_of(var.config), steps=run.steps, images=images,
-                train_flops=flops_of(*settings_of(args.preset, run.flags))['train'] * images,
-                loss=last['loss'], loss_last=last['loss_8x8'])
-
-
-def measure_samples(args: argparse.Namespace, tokenizer: VQVAE, var: VAR, settings, images: Images) -> dict:
-    """Metrics of JUDGED samples, at the guidance strength with the lowest frechet_training."""
-    labels, found, flops = [i % 10 for i in range(JUDGED)], [], flops_of(tokenizer.config, var.config)
-    top_k = SETTINGS[args.preset][2] if 'top_k' in settings else 0
-    for cfg in GUIDANCE if 'cfg' in settings else (0.0,):
-        how, began = dict(cfg=cfg, top_k=top_k, top_p=0.0), time.perf_counter()
-        batches = draw(tokenizer, var, labels, 0, 100, args.dtype, **how)
-        made = torch.cat([to_uint8(part) for part, _ in batches])
-        seconds, features = (time.perf_counter() - began) / JUDGED, images.judge.features(made)
-        recognised = images.judge.recognised(features, torch.tensor(labels)).mean().item()
-        found.append(how | dict(
-            recognised=recognised, frechet=frechet_distance(features, images.test),
-            frechet_training=frechet_distance(features, images.training), seconds_an_image=seconds,
-            steps_an_image=len(var.config.lengths),
-            sample_flops=flops['sample' if cfg else 'unguided']))
-    return min(found, key=lambda row: row['frechet_training'])
-
-
-@torch.no_grad()
-def measure_tokenizer(tokenizer: VQVAE, real_images: Tensor, images: Images) -> dict:
-    """Distances of training images (the floor) and of their reconstructions to test images, and PSNR."""
-    made = [tokenizer.decode(tokenizer.encode(to_float(part))) for part in real_images.split(100)]
-    features = images.judge.features(to_uint8(torch.cat(made)))
-    floor, distance = (frechet_distance(found, images.test) for found in (images.training, features))
-    return dict(floor=floor, reconstructions=distance, psnr=psnr(torch.cat(made), real_images))
+def orders(args: argparse.Namespace):
+    """Trains and measures all rows. Rows in the CSV are kept: delete one to measure it again."""
+    study = Comparison(args)
+    for row, seed in [(row, seed) for row in ROWS[args.preset] for seed in row.seeds]:
+        key = dict(row=row.order, equal=row.equal, rate=row.rate or ORDERS[row.order].rate,
+                   steps=steps_of(row, args.preset, args.share), seed=seed, judged=int(row.rate is None))
+        if any(key.items() <= known.items() for known in study.rows):
+            continue
+        tokenizer, model, trained = study.train(key)
+        key |= trained
+        if row.rate is None:
+            save_checkpoint(study.weights_of(key), 'study', weights=model.state_dict())
+            study.rows += [key | study.judge(tokenizer, model, *how) for how in
+                           ((0, 0.0, True), (1, *study.choose_guidance(tokenizer, model, key)))]
+        else:
+            study.rows.append(key | dict(guided=''))
+        write_csv(study.path, study.rows)
+    study.draw_twins()
 
 
 # ---------------------------------------------------------------------------------------------- scaling laws
+TOKENIZERS = {'cifar10-cpu': 'notebooks/cifar10.pt'}            # that of shapes is trained
+SIZES, LARGEST, STEPS = (1, 2, 3, 4, 5, 6), 7, 320              # depths, and steps of each
+MEASURES = ('loss', 'loss_8x8', 'error', 'error_8x8')           # of all scales, of the last one
+SHEET = (1, 3, 6), (0.2, 0.6, 1.0)                              # depths, fractions of training
+
+
+class Run(NamedTuple):
+    """A training run of stage 2: the folder's name, and the flags of train.py besides the preset."""
+    name: str
+    flags: str
+    steps: int
+
+
+LONGER_AND_SHORTER = Run('norm-0', '--depth 2 --seed 0', 1605), Run('deep-0', '--depth 4 --seed 0', 255)
+
+
+def settings_of(preset: str, flags: str) -> tuple[VQVAEConfig, VARConfig]:
+    args, _ = parse(['--preset', preset, *flags.split()])
+    return make(VQVAEConfig, args), make(VARConfig, args, num_classes=10)
+
+
+def parameters_of(config: VARConfig) -> int:
+    with torch.device('meta'):
+        return sum(parameter.numel() for parameter in VAR(config).parameters())
+
+
+def of_size(args: argparse.Namespace, depth: int) -> Run:
+    return Run(f'size-{depth}', f'--depth {depth}', max(5, round(args.share * STEPS)))
+
+
+def train(args: argparse.Namespace, run: Run):
+    """Trains a run unless it is finished; trains its tokenizer first if necessary."""
+    tokenizer = TOKENIZERS.get(args.preset)
+    if tokenizer is None:
+        folder = folder_of(args, 'tokenizer')
+        call_train(args, folder, f'--stage vqvae --vqvae-steps {max(5, round(args.share * 750))}')
+        tokenizer = os.path.relpath(folder / 'vqvae.pt', HERE.parent)
+    cache = '' if args.share == 1 else '--no-cache-tokens'      # caching takes longer than a trial
+    call_train(args, folder_of(args, run.name), f'--stage var --tokenizer {tokenizer} --keep-models '
+               f'{run.flags} --var-steps {run.steps} --save-every-steps {max(1, run.steps // 5)} {cache}')
+
+
+def validations(out: Path) -> list[dict]:
+    """Validation metrics that train.py logged; error is 1 - accuracy."""
+    found = [{name: float(value) for name, value in row.items() if value and name != 'split'}
+             for row in csv.DictReader((out / 'var.csv').read_text().splitlines()) if row['split'] == 'val']
+    return [row | {name.replace('accuracy', 'error'): 1 - value for name, value in row.items()
+                   if name.startswith('accuracy')} for row in found]
+
+
 class PowerLaw(NamedTuple):
     """y = factor * x ** alpha + constant, or (beta * x) ** alpha + constant; correlation is between log x and
     log(y - constant)."""
@@ -308,7 +333,8 @@ def log_of(run: Run, args: argparse.Namespace) -> list[dict]:
     if not (out / 'var.csv').exists():
         return []
     known = dict(run=run.name, depth=configs[1].depth, parameters=parameters_of(configs[1]), dtype=args.dtype)
-    flops, batch, found = flops_of(*configs)['train'], batch_size(args), []
+    flops, found = flops_of(*configs)['train'], []
+    batch = parse(['--preset', args.preset])[0].batch_size
     for row in validations(out):
         step = int(row['step'])
         measures = {name: value for name, value in row.items() if name.startswith(('loss', 'error'))}
@@ -317,18 +343,12 @@ def log_of(run: Run, args: argparse.Namespace) -> list[dict]:
     return found
 
 
-def scaling_runs(args: argparse.Namespace) -> list[Run]:
-    """All runs in scaling-*.csv: those of equal steps, and two of the ablation, of equal compute."""
-    rows = {stem: flags for _, stem, flags, *_ in ROWS}
-    return [*(of_size(args, depth) for depth in (*SIZES, LARGEST)),
-            *(at_equal_compute(args, stem, rows[stem]) for stem in ('norm', 'deep'))]
-
-
 def collect(args: argparse.Namespace):
     """Writes scaling-*.csv from the logs of the runs that exist; keeps the rows of the others."""
     path = result(args, f'scaling-{args.preset}.csv')
     before = read_csv(path) if path.exists() else []
-    rows = [row for run in scaling_runs(args)
+    runs = *(of_size(args, depth) for depth in (*SIZES, LARGEST)), *LONGER_AND_SHORTER
+    rows = [row for run in runs
             for row in log_of(run, args) or (row for row in before if row['run'] == run.name)]
     write_csv(path, rows)
 
@@ -368,7 +388,6 @@ def largest(args: argparse.Namespace):
     collect(args)
 
 
-# ------------------------------------------------------------------------------------------ images and speed
 def sheet(args: argparse.Namespace):
     """Sizes in columns, fractions of training in rows: four samples in each, of the same seed and labels."""
     depths, shares = SHEET
@@ -386,25 +405,7 @@ def sheet(args: argparse.Namespace):
     print(path)
 
 
-def speed(args: argparse.Namespace):
-    """Seconds of guided sampling with random weights at depth 2: one image, and a batch of fifty. Medians of
-    five rounds, with the runs interleaved."""
-    rows, runs = [], []
-    for side, order, batch in itertools.product(PYRAMIDS, ('raster', 'scale'), (1, 50)):
-        scales = PYRAMIDS[side] if order == 'scale' else (side,)
-        tokenizer = VQVAE(VQVAEConfig(image_size=4 * side, vocab_size=1024, scales=scales))
-        var = VAR(VARConfig(2, 10, 1024, 16, scales, order=order))
-        labels, lengths = [i % 10 for i in range(batch)], var.config.lengths
-        runs.append(partial(draw, tokenizer, var, labels, 0, batch, args.dtype, cfg=4.0, top_k=0, top_p=0.8))
-        rows.append(dict(side=side, order=order, batch=batch, dtype=args.dtype, tokens=sum(lengths),
-                         steps=len(lengths), sample_flops=flops_of(tokenizer.config, var.config)['sample']))
-    rounds = [[seconds_of(lambda: [*run()], torch.device('cpu'), runs=1) for run in runs] for _ in range(5)]
-    for row, seconds in zip(rows, zip(*rounds)):
-        row['seconds_an_image'] = float(np.median(seconds)) / row['batch']
-    write_csv(result(args, 'speed.csv'), rows)
-
-
-STUDIES = {study.__name__: study for study in (ablation, scaling, predict, largest, sheet, speed)}
+STUDIES = {study.__name__: study for study in (orders, scaling, predict, largest, sheet)}
 
 
 def main(argv: list[str]):

@@ -1,5 +1,5 @@
-"""studies.py: fits recover known laws, runs take equal compute where they should and continue after a
-stop, a tiny study runs end to end, and the committed prediction follows from the committed losses."""
+"""studies.py: fits recover known laws, runs continue after a stop, a tiny study runs end to end, and the
+committed prediction follows from the committed losses. The study of orders has tests of its own."""
 import shlex
 import shutil
 import sys
@@ -46,23 +46,6 @@ def test_the_pareto_frontier_is_what_nothing_cheaper_beats():
     assert sorted(found) == slow and list(costs[found]) == sorted(costs[found]) and 1 < len(found) < 50
 
 
-@pytest.mark.parametrize('preset', studies.SETTINGS)
-def test_rows_of_the_ablation_take_equal_compute_and_ar_has_vars_parameters(preset):
-    args, found = SimpleNamespace(preset=preset, share=1.0), {}
-    for _, stem, flags, seeds, _ in studies.ROWS:
-        run = studies.at_equal_compute(args, stem, flags, seeds[0])
-        configs = studies.settings_of(preset, run.flags)
-        found[stem] = run.steps * studies.batch_size(args) * flops_of(*configs)['train'], configs[1]
-    compute = [flops for flops, _ in found.values()]
-    assert max(compute) / min(compute) < 1.01
-    parameters = {stem: studies.parameters_of(config) for stem, (_, config) in found.items()}
-    assert parameters['ar'] == pytest.approx(parameters['var'], rel=0.05)
-    assert found['deep'][1].depth == 2 * found['norm'][1].depth
-    sizes = [studies.parameters_of(studies.settings_of(preset, f'--depth {depth}')[1])
-             for depth in studies.SIZES]
-    assert len(sizes) >= 6 and max(sizes) / min(sizes) >= 100
-
-
 def tiny_study(out: Path) -> SimpleNamespace:
     return SimpleNamespace(preset='shapes', share=0.006, out=out, data_dir=None, dtype='float32', quiet=True)
 
@@ -93,7 +76,7 @@ def test_of_each_run_there_is_one_and_it_goes_on_where_it_was_stopped(tmp_path, 
     with pytest.raises(UserError, match='size-1: holds a run with another --depth, --seed; remove it'):
         studies.train(args, run._replace(flags='--depth 2 --seed 3'))
     args.dtype = 'bfloat16'
-    with pytest.raises(UserError, match='tokenizer-scale: holds a run with another --dtype; remove it'):
+    with pytest.raises(UserError, match='tokenizer: holds a run with another --dtype; remove it'):
         studies.train(args, run)
     assert same_weights(out / 'var-5.pt', done / 'var-5.pt', 'var')
     assert curve(out, 'var') == curve(done, 'var')
@@ -108,11 +91,7 @@ def test_a_run_that_fails_stops_the_study_with_what_to_do(tmp_path):
 
 @pytest.mark.slow
 def test_a_tiny_study_runs_from_end_to_end(tmp_path, monkeypatch):
-    untrained = judge.Judge((16, 32, 64), False).eval()                 # training it would take a minute
-    rows = [('AR', 'ar', studies.AR, (0,), ()), ('guided', 'norm', '', (0,), ('top_k', 'cfg')),
-            ('plain', 'norm', '', (0,), ()), ('deep', 'deep', '--depth 1', (0,), ())]
-    for name, value in dict(ROWS=rows, SIZES=(1, 2), LARGEST=3, SHEET=((1, 2), (0.2, 1.0)), JUDGED=100,
-                            PYRAMIDS={4: (1, 2, 4)}, load_judge=lambda *args: untrained).items():
+    for name, value in dict(SIZES=(1, 2), LARGEST=3, SHEET=((1, 2), (0.2, 1.0))).items():
         monkeypatch.setattr(studies, name, value)
     flags = ['--preset', 'shapes', '--share', '0.006', '--out', str(tmp_path), '--quiet']
     folder = tmp_path / 'shapes-0.006'
@@ -120,36 +99,19 @@ def test_a_tiny_study_runs_from_end_to_end(tmp_path, monkeypatch):
     found = [row | {name: row[name] / row['depth'] for name in studies.MEASURES}    # as if size had helped
              for row in studies.read_csv(folder / 'scaling-shapes.csv')]
     studies.write_csv(folder / 'scaling-shapes.csv', found)
-    for study in ('predict', 'ablation', 'largest', 'sheet', 'speed'):
+    for study in ('predict', 'largest', 'sheet'):
         studies.main([study, *flags])
-    scaling, prediction, ablation, speed = (studies.read_csv(folder / f'{name}.csv') for name in (
-        'scaling-shapes', 'prediction-shapes', 'ablation-shapes', 'speed'))
-    names = [*dict.fromkeys(row['run'] for row in scaling)]
-    assert names == ['size-1', 'size-2', 'size-3', 'norm-0', 'deep-0']
+    scaling, prediction = (studies.read_csv(folder / f'{name}-shapes.csv')
+                           for name in ('scaling', 'prediction'))
+    assert [*dict.fromkeys(row['run'] for row in scaling)] == ['size-1', 'size-2', 'size-3']
     assert [row['depth'] for row in studies.at_the_end(scaling, (1, 2, 3))] == [1, 2, 3]
     assert {row['parameters'] for row in prediction} == {studies.at_the_end(scaling, [3])[0]['parameters']}
-    assert [(row['row'], row['steps_an_image']) for row in ablation] == [
-        ('AR', 64), ('guided', 4), ('plain', 4), ('deep', 4)]
-    _, var, _ = load(folder / 'norm-0' / f"var-{ablation[1]['steps']}.pt")
-    flops = flops_of(VQVAEConfig(), var.config)
-    for row, is_guided in zip(ablation, (False, True, False, False)):
-        assert (row['cfg'] in studies.GUIDANCE) == is_guided and 0 <= row['recognised'] <= 1
-        assert min(row[name] for name in ('floor', 'reconstructions', 'frechet')) > 0
-    assert [row['sample_flops'] for row in ablation[1:3]] == [flops['sample'], flops['unguided']]
-    assert [(row['steps'], row['batch']) for row in speed] == [(16, 1), (16, 50), (3, 1), (3, 50)]
     assert Image.open(folder / 'images/size-by-training-shapes.png').size == 2 * (4 * (4 * 34 - 2),)
     with pytest.raises(UserError, match='already has depth 3;'):
         studies.main(['predict', *flags])
-    shutil.rmtree(folder / 'size-1')                        # its rows are kept when others are collected,
+    shutil.rmtree(folder / 'size-1')                        # its rows are kept when others are collected
     studies.main(['largest', *flags])
     assert studies.read_csv(folder / 'scaling-shapes.csv') == scaling
-    lines = (folder / 'ablation-shapes.csv').read_text().splitlines()
-    (folder / 'ablation-shapes.csv').write_text('\n'.join([*lines[:2], *lines[3:]]))
-    studies.main(['ablation', *flags])                      # and only a missing row is measured again
-    again = studies.read_csv(folder / 'ablation-shapes.csv')
-    clock = 'seconds_an_image'
-    assert [row | {clock: 0} for row in again] == [row | {clock: 0} for row in ablation]
-    assert [a[clock] == b[clock] for a, b in zip(again, ablation)] == [True, False, True, True]
 
 
 WRONG_FLAGS = """
@@ -161,7 +123,7 @@ WRONG_FLAGS = """
     studies.py predict --share 0.5                  | scaling-cifar10-cpu.csv: cannot be read; it first
     studies.py predict                              | already has depth 7
     studies.py sheet --share 0.5                    | size-1/var-; No such file
-    studies.py ablation --data-dir nowhere --quiet  | nowhere/data_batch_1.bin: 0 of
+    studies.py orders --data-dir nowhere            | nowhere/data_batch_1.bin: 0 of
 """
 
 
@@ -179,11 +141,3 @@ def test_the_prediction_is_what_the_six_smaller_sizes_say_and_comes_true_within_
                                     row['with_constant'])
         assert row['predicted'] == pytest.approx(float(law(largest['parameters'])), rel=1e-4)
         assert row['predicted'] == pytest.approx(largest[row['measure']], rel=0.03)
-
-
-@pytest.mark.parametrize('preset', studies.SETTINGS)
-def test_committed_rows_are_those_of_the_script(preset):
-    args, rows = SimpleNamespace(preset=preset, share=1.0), studies.read_csv(HERE / f'ablation-{preset}.csv')
-    expected = [(title, seed, studies.at_equal_compute(args, stem, flags, seed).steps)
-                for title, stem, flags, seeds, _ in studies.ROWS for seed in seeds]
-    assert [(row['row'], row['seed'], row['steps']) for row in rows] == expected
