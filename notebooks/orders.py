@@ -163,7 +163,7 @@ class Model(VAR):
 
 
 def fit(model: Model, tokenizer: VQVAE, tokens_NL: Tensor, labels_N: Tensor, steps: int, batch_size: int,
-        peak: float, seed: int, dtype: str) -> Model:
+        peak: float, seed: int, dtype: str):
     """Trains as train.py does. Runs of equal seeds see the same images, in the same order."""
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), betas=(0.9, 0.95), fused=True)
     random = torch.Generator().manual_seed(seed)
@@ -178,7 +178,6 @@ def fit(model: Model, tokenizer: VQVAE, tokens_NL: Tensor, labels_N: Tensor, ste
         torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
         optimizer.step()
         optimizer.zero_grad()
-    return model
 
 
 def train_flops(name: str, preset: str) -> int:

@@ -159,8 +159,8 @@ class Comparison:
         return tokenizer, model, dict(
             scales=' '.join(map(str, order.scales)), dtype=self.args.dtype, train_seconds=seconds,
             images=images, train_flops=train_flops(key['row'], self.args.preset) * images,
-            passes=len(model.groups), parameters=sum(weight.numel() for weight in model.parameters()),
-            nats=loss_L.sum().item(), **losses)
+            passes=len(model.groups), parameters=parameters_of(model.config), nats=loss_L.sum().item(),
+            **losses)
 
     def weights_of(self, key: dict) -> Path:
         return folder_of(self.args, '{row}-{equal}-{steps}-{seed}.pt'.format(**key))
@@ -192,30 +192,32 @@ class Comparison:
         return found
 
     def judge(self, tokenizer: VQVAE, model: Model, guided: int, cfg: float, ramp: bool) -> dict:
-        """Measures of JUDGED samples and, as the ceiling, of reconstructed training images."""
+        """Measures of JUDGED samples."""
         began = time.perf_counter()
         images = self.samples(tokenizer, model, JUDGED, 0, cfg, ramp)
-        found = dict(guided=guided, cfg=cfg, ramp=int(ramp),
-                     sample_seconds=(time.perf_counter() - began) / JUDGED)
-        found |= self.measures(images, torch.arange(JUDGED) % 10)
-        with torch.no_grad():
-            made = torch.cat([tokenizer.decode(tokenizer.encode(to_float(x))) for x in self.real.split(250)])
-        ceiling = dict(psnr=psnr(made, self.real)) | self.measures(to_uint8(made), self.real_labels)
-        return found | {f'ceiling_{name}': value for name, value in ceiling.items()}
+        seconds = (time.perf_counter() - began) / JUDGED
+        return dict(guided=guided, cfg=cfg, ramp=int(ramp), sample_seconds=seconds,
+                    **self.measures(images, torch.arange(JUDGED) % 10))
+
+    @torch.no_grad()
+    def ceiling(self, tokenizer: VQVAE) -> dict:
+        """Measures of reconstructed training images."""
+        made = torch.cat([tokenizer.decode(tokenizer.encode(to_float(x))) for x in self.real.split(250)])
+        found = dict(psnr=psnr(made, self.real)) | self.measures(to_uint8(made), self.real_labels)
+        return {f'ceiling_{name}': value for name, value in found.items()}
 
     def draw_twins(self):
         """images/orders-*.png: guided samples of the twins, after the longest training of the slower one."""
         steps, images = max(row['steps'] for row in self.rows if row['row'] == 'one by one'), []
         for row in self.rows:
             if row['row'] in TWINS and (row['steps'], row['seed'], row['guided']) == (steps, 0, 1):
-                order = ORDERS[row['row']]
+                order, path = ORDERS[row['row']], self.weights_of(row)
+                check(path.exists(), f'{path}: missing; to train it again, delete its row in {self.path}')
                 tokenizer, model = self.tokenizer(order, 0)[0], Model(order, self.settings.vocab_size)
-                with open_checkpoint(self.weights_of(row), 'study') as saved:
+                with open_checkpoint(path, 'study') as saved:
                     model.load_state_dict(saved['weights'])
                 images.append(self.samples(tokenizer, model, 30, 2, row['cfg'], row['ramp']))
-        path = result(self.args, f'images/orders-{self.args.preset}.png')
-        save_image(path, grid(torch.cat(images), 10))
-        print(path)
+        save_image(result(self.args, f'images/orders-{self.args.preset}.png'), grid(torch.cat(images), 10))
 
 
 def orders(args: argparse.Namespace):
@@ -229,6 +231,7 @@ def orders(args: argparse.Namespace):
         tokenizer, model, trained = study.train(key)
         key |= trained
         if row.rate is None:
+            key |= study.ceiling(tokenizer)
             save_checkpoint(study.weights_of(key), 'study', weights=model.state_dict())
             study.rows += [key | study.judge(tokenizer, model, *how) for how in
                            ((0, 0.0, True), (1, *study.choose_guidance(tokenizer, model, key)))]
