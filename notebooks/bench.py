@@ -30,15 +30,17 @@ from var import VAR, VARConfig                                                  
 from vqvae import VQVAE, VQVAEConfig                                                    # noqa: E402
 
 
-def flops_of(tokenizer_config: VQVAEConfig, var_config: VARConfig) -> dict[str, int]:
+def flops_of(tokenizer_config: VQVAEConfig, var_config: VARConfig, blocks: int = 0) -> dict[str, int]:
     """FLOPs per image, where a multiply-add counts as two: 'encode', 'decode', 'train' (forward and backward
-    pass of the transformer, on tokens), 'sample' (with guidance and decoding) and 'unguided'."""
+    pass of the transformer, on tokens), 'sample' (with guidance and decoding) and 'unguided'. blocks: their
+    number, if it isn't the depth."""
     D, V, C, lengths = var_config.width, var_config.vocab_size, var_config.z_channels, var_config.lengths
-    L, depth, projections = sum(lengths), var_config.depth, 1 if var_config.shared_adaln else var_config.depth
+    L, blocks = sum(lengths), blocks or var_config.depth
+    projections = 1 if var_config.shared_adaln else blocks
     adaln = (12 * projections + 4) * D * D if var_config.adaln else 0
     seen = sum(length * sum(lengths[:k + 1]) for k, length in enumerate(lengths))
     # per block: q, k, v, proj 8 D^2 and MLP 16 D^2 a position, 4 D a pair; head 2 D V; per class: AdaLN
-    forward, drawn = ((24 * depth * D * D + 2 * D * V) * L + 4 * D * depth * pairs + adaln
+    forward, drawn = ((24 * blocks * D * D + 2 * D * V) * L + 4 * D * blocks * pairs + adaln
                       for pairs in (L * L, seen))
     words = 2 * C * D * (L - 1)
     with torch.device('meta'), torch.no_grad():

@@ -84,10 +84,10 @@ class Settings(NamedTuple):
     learning_rate: float
 
 
-SETTINGS = {
-    'shapes': Settings('--vocab-size 256 --vqvae-batch-size 16 --vqvae-lr 0.064', 750, 256, 775, 16, 0.004),
-    'cifar10-cpu': Settings('--vocab-size 1024 --vqvae-batch-size 32 --vqvae-lr 0.032 --flip '
-                            '--perceptual-weight 0 --adversarial-weight 0', 3000, 1024, 1000, 64, 0.004)}
+CIFAR10 = Settings('--vocab-size 1024 --vqvae-batch-size 32 --vqvae-lr 0.032 --flip --perceptual-weight 0 '
+                   '--adversarial-weight 0', 3000, 1024, 1000, 64, 0.004)
+SHAPES = Settings('--vocab-size 256 --vqvae-batch-size 16 --vqvae-lr 0.064', 750, 256, 775, 16, 0.004)
+SETTINGS = {'shapes': SHAPES, 'cifar10-cpu': CIFAR10, 'cifar10': CIFAR10}
 ROWS = {
     'shapes': [
         *(Row(order, 1, (0,), rate=rate) for order in SEARCHED for rate in (0.5, 1.0, 2.0, 4.0)),
@@ -104,12 +104,14 @@ ROWS = {
 
 class Model(VAR):
     """The transformer of a row: a VAR that predicts tokens in another order. One by one, a position attends
-    to itself and the positions before it. Inputs 'both' are twice as wide."""
+    to itself and the positions before it. Inputs 'both' are twice as wide. The depth sets the width; blocks:
+    their number, if it is less."""
 
-    def __init__(self, order: Order, vocab_size: int):
+    def __init__(self, order: Order, vocab_size: int, depth: int = 2, blocks: int = 0):
         channels = VQVAEConfig().z_channels * (2 if order.inputs == 'both' else 1)
-        super().__init__(VARConfig(2, 10, vocab_size, channels, order.scales, adaln_gamma_init=1.0,
+        super().__init__(VARConfig(depth, 10, vocab_size, channels, order.scales, adaln_gamma_init=1.0,
                                    order='scale' if order.scales[0] == 1 else 'raster', **order.options))
+        del self.blocks[blocks or depth:]
         self.inputs, self.groups, follows = order.inputs, [], []
         for side in order.scales:
             is_one_by_one, length = side not in order.together, side * side
@@ -164,7 +166,8 @@ class Model(VAR):
 
 def fit(model: Model, tokenizer: VQVAE, tokens_NL: Tensor, labels_N: Tensor, steps: int, batch_size: int,
         peak: float, seed: int, dtype: str):
-    """Trains as train.py does. Runs of equal seeds see the same images, in the same order."""
+    """Trains as train.py does, on the model's device. Runs of equal seeds see the same images in order."""
+    device = model.head.weight.device
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.05), betas=(0.9, 0.95), fused=True)
     random = torch.Generator().manual_seed(seed)
     for step in tqdm(range(steps), desc=f'{len(model.groups)} passes', disable=None):
@@ -172,23 +175,25 @@ def fit(model: Model, tokenizer: VQVAE, tokens_NL: Tensor, labels_N: Tensor, ste
             group['lr'] = peak * learning_rate(step / steps, 0.01)
         images_B = torch.randint(len(tokens_NL), (batch_size,), generator=random)
         noise_BN = torch.rand(batch_size, 1 + 2 * model.config.depth, generator=random)
-        with autocast(torch.device('cpu'), dtype):
-            loss_L = model.loss(tokenizer, tokens_NL[images_B].long(), labels_N[images_B], noise_BN)
+        batch = tokens_NL[images_B].long(), labels_N[images_B], noise_BN
+        with autocast(device, dtype):
+            loss_L = model.loss(tokenizer, *(tensor.to(device) for tensor in batch))
         loss_L.mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
         optimizer.step()
         optimizer.zero_grad()
 
 
-def train_flops(name: str, preset: str) -> int:
-    """Training FLOPs per image, of a key of ORDERS."""
-    config = Model(ORDERS[name], SETTINGS[preset].vocab_size).config
-    return flops_of(VQVAEConfig(scales=config.scales), config)['train']
+def train_flops(model: Model) -> int:
+    """Training FLOPs per image."""
+    return flops_of(VQVAEConfig(scales=model.config.scales), model.config, len(model.blocks))['train']
 
 
 def steps_of(row: Row, preset: str, share: float = 1.0) -> int:
     """Training steps of a row, or of a share of it in a trial."""
     steps = share * row.multiple * SETTINGS[preset].steps
     if row.equal == 'flops':
-        steps *= train_flops('VAR', preset) / train_flops(row.order, preset)
+        models = (Model(ORDERS[name], SETTINGS[preset].vocab_size) for name in ('VAR', row.order))
+        var, this = map(train_flops, models)
+        steps *= var / this
     return max(5, round(steps))

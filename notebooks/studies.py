@@ -2,46 +2,42 @@
 
     python notebooks/studies.py orders --preset shapes --dtype bfloat16     # -> notebooks/orders-shapes.csv
     python notebooks/studies.py orders --data-dir DIR --dtype bfloat16      # -> orders-cifar10-cpu.csv
-    python notebooks/studies.py scaling --data-dir DIR          # -> scaling-cifar10-cpu.csv, six sizes
-    python notebooks/studies.py predict                         # -> prediction-cifar10-cpu.csv, a seventh
-    python notebooks/studies.py largest --data-dir DIR          # trains the seventh
-    python notebooks/studies.py sheet                           # -> images/size-by-training-cifar10-cpu.png
+    python notebooks/studies.py scaling --preset shapes --dtype bfloat16    # -> scaling-shapes.csv
+    python notebooks/studies.py predict --preset shapes         # -> prediction-shapes.csv, of runs left out
+    python notebooks/studies.py largest --preset shapes --dtype bfloat16    # trains those
+    python notebooks/studies.py sheet --preset shapes           # -> images/size-by-training-shapes.png
 
-Finished runs are skipped. `orders` trains the models of orders.py and writes a row of its CSV after each; to
-measure a row again, delete it. The runs of `scaling` are train.py commands, which are printed; interrupted
-ones are resumed. All committed rows used bfloat16, on a CPU where it is fast.
+The last four also take CIFAR-10: with --data-dir DIR on two cores, with --preset cifar10 --device cuda too
+on a GPU. train.py trains the tokenizers, this script everything else. A row is written after each run. Rows
+in a CSV are kept: to measure one again, delete it. All committed rows used bfloat16, on a CPU.
 """
 import argparse
 import csv
 import io
 import itertools
 import json
-import math
-import os
-import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-from bench import flops_of                                                              # noqa: E402
 from judge import (Judge, ResidualJudge, frechet_distance, load_judge,                  # noqa: E402
                    precision_and_recall, read_images)
+from laws import grouped, guesses, range_of, resampled_laws, spread_of                   # noqa: E402
 from measure import psnr                                                                # noqa: E402
 from orders import ORDERS, ROWS, SETTINGS, Model, Order, fit, steps_of, train_flops     # noqa: E402
-from sample import (Parser, UserError, check, choose_device, draw, grid, load,          # noqa: E402
+from sample import (Parser, UserError, check, choose_device, draw, grid,                # noqa: E402
                     load_tokenizer, open_checkpoint, run_command, save_checkpoint, save_file, save_image,
                     to_float, to_uint8)
-from train import MAY_CHANGE, POSITIVE, draw_shapes, flag, make, parse, read_save       # noqa: E402
-from var import VAR, VARConfig                                                          # noqa: E402
-from vqvae import VQVAE, VQVAEConfig                                                    # noqa: E402
+from train import POSITIVE, draw_shapes                                                 # noqa: E402
+from vqvae import VQVAE                                                                 # noqa: E402
 
 
 def folder_of(args: argparse.Namespace, name: str) -> Path:
@@ -53,27 +49,20 @@ def result(args: argparse.Namespace, name: str) -> Path:
     return (HERE if args.share == 1 else folder_of(args, '')) / name
 
 
-def call_train(args: argparse.Namespace, out: Path, flags: str):
-    """Runs train.py, or resumes it, unless the run is finished."""
-    asked = ['--preset', args.preset, *flags.split(), '--dtype', args.dtype]
-    last = read_save(out, mmap=True)
-    if last:
-        wanted, had = vars(parse(asked)[0]), last['settings']
-        others = [flag(name) for name in had.keys() - MAY_CHANGE | {'dtype'} if had[name] != wanted[name]]
-        check(not others, f'{out}: holds a run with another {", ".join(sorted(others))}; remove it, or '
-              'choose another --out')
-        if not last['unfinished']:
-            return
+def steps_of_share(share: float, steps: int) -> int:
+    return max(5, round(share * steps))
+
+
+def train_tokenizer(args: argparse.Namespace, out: Path, flags: str):
+    """Runs train.py, or resumes it."""
     data = ['--data-dir', args.data_dir] if args.data_dir and args.preset != 'shapes' else []
-    command = ['train.py', *(['--resume'] if last else asked), *data, '--out', str(out)]
-    if not args.quiet:
-        print('python', shlex.join(command), flush=True)
-    stderr = subprocess.PIPE if args.quiet else None
-    done = subprocess.run([sys.executable, *command], cwd=HERE.parent, stderr=stderr, text=True,
-                          stdout=subprocess.DEVNULL if args.quiet else None)
+    command = ['train.py', '--preset', args.preset, '--stage', 'vqvae', *flags.split(), '--dtype', args.dtype,
+               *data, '--out', str(out), *['--resume'] * (out / 'last.pt').exists()]
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) if args.quiet else {}
+    done = subprocess.run([sys.executable, *command], cwd=HERE.parent, text=True, **pipes)
     said = (done.stderr or 'see above').strip().splitlines()[-1]
-    check(done.returncode == 0, f'{out}: train.py ended with status {done.returncode}; to resume, repeat the '
-          f'command after fixing this: {said}')
+    check(done.returncode == 0, f'{out}: train.py ended with status {done.returncode}; repeat the command '
+          f'after fixing this: {said}')
 
 
 def write_csv(path: Path, rows: list[dict]):
@@ -101,74 +90,116 @@ def read_csv(path: Path) -> list[dict]:
                         ) from None
 
 
-# ----------------------------------------------------------------------------- next token against next scale
-GUIDANCE = [(0.0, True), *itertools.product((1.0, 2.0, 4.0, 8.0), (True, False))]       # cfg, ramp
-JUDGES = {'shapes': [(Judge, 'judge'), (ResidualJudge, 'judge-residual')], 'cifar10': [(Judge, 'judge')]}
-TWINS = 'VAR', 'one by one'
-DRAWN, CHOSEN_ON, JUDGED = 50_000, 500, 2000    # training images; samples to choose guidance, to judge a row
+DRAWN, JUDGED = 50_000, 2000            # training images that are drawn; test images, and samples of a model
 
 
-class Comparison:
-    """The study of orders on a data set: its images, judges and rows."""
+class Study:
+    """A data set with its tokenizers, and the rows of a CSV with the results so far."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, args: argparse.Namespace, name: str):
         self.args, self.settings, self.name = args, SETTINGS[args.preset], args.preset.removesuffix('-cpu')
-        self.path = result(args, f'orders-{args.preset}.csv')
+        self.path = result(args, f'{name}-{args.preset}.csv')
         self.rows = read_csv(self.path) if self.path.exists() else []
-        real, labels, *test = read_images(self.name, args.data_dir)
-        self.judges = [load_judge(self.name, real, labels, HERE.parent / f'out/{stem}-{self.name}.pt', kind)
-                       for kind, stem in JUDGES[self.name]]
+        self.real, self.real_labels, *test = read_images(self.name, args.data_dir)
         self.images, self.labels = draw_shapes(DRAWN, 1) if self.name == 'shapes' else (
-            torch.cat([real, real.flip(-1)]), labels.repeat(2))
-        self.real, self.real_labels, self.test, self.test_labels = (
-            tensor[:JUDGED] for tensor in (real, labels, *test))
-        self.references = [[judge.features(images) for images in (self.test, self.real)]
-                           for judge in self.judges]
+            torch.cat([self.real, self.real.flip(-1)]), self.real_labels.repeat(2))
+        self.test, self.test_labels = (tensor[:JUDGED] for tensor in test)
+
+    def has(self, key: dict) -> bool:
+        return any(key.items() <= row.items() for row in self.rows)
 
     def tokenizer(self, order: Order, seed: int) -> tuple[VQVAE, Tensor, Tensor]:
         """A tokenizer, trained if necessary, and the tokens of the training and of the test images."""
         scales = ' '.join(map(str, order.scales))
-        seed = seed if self.name == 'shapes' else 0                     # CIFAR-10: one for all seeds
         out = folder_of(self.args, f'tokenizer-{len(order.scales)}-{seed}')
-        steps = max(5, round(self.args.share * self.settings.tokenizer_steps))
-        call_train(self.args, out, f'--stage vqvae {self.settings.tokenizer} --vqvae-steps {steps} --seed '
-                   f'{seed} --scales {scales}' + ' --order raster' * (order.scales[0] > 1))
-        tokenizer = load_tokenizer(out / 'vqvae.pt')
         if not (out / 'tokens.pt').exists():
+            steps = steps_of_share(self.args.share, self.settings.tokenizer_steps)
+            train_tokenizer(self.args, out, f'{self.settings.tokenizer} --vqvae-steps {steps} --seed {seed} '
+                            f'--scales {scales}' + ' --order raster' * (order.scales[0] > 1))
+            tokenizer = load_tokenizer(out / 'vqvae.pt')
             with torch.no_grad():
                 tokens = [torch.cat([tokenizer.encode(to_float(part)).short() for part in images.split(250)])
                           for images in (self.images, self.test)]
             save_checkpoint(out / 'tokens.pt', 'tokens', tokens=tokens)
         with open_checkpoint(out / 'tokens.pt', 'tokens') as saved:
-            return tokenizer, *saved['tokens']
+            return load_tokenizer(out / 'vqvae.pt'), *saved['tokens']
 
-    def train(self, key: dict) -> tuple[VQVAE, Model, dict]:
-        """The tokenizer of a row, its trained model, and what the CSV has about the training."""
-        order, steps, seed = ORDERS[key['row']], key['steps'], key['seed']
-        tokenizer, tokens_NL, test_NL = self.tokenizer(order, seed)
-        torch.manual_seed(seed)
-        model, began = Model(order, self.settings.vocab_size), time.perf_counter()
-        fit(model, tokenizer, tokens_NL, self.labels, steps, self.settings.batch_size,
-            key['rate'] * self.settings.learning_rate, seed, self.args.dtype)
-        seconds, images = time.perf_counter() - began, steps * self.settings.batch_size
-        with torch.no_grad():
-            loss_L = torch.stack([model.loss(tokenizer, tokens_BL.long(), labels_B) for tokens_BL, labels_B in
-                                  zip(test_NL.split(500), self.test_labels.split(500))]).mean(0)
-        losses = {f'loss_{side}x{side}': part.mean().item()
-                  for side, part in zip(order.scales, loss_L.split(tokenizer.scale_lengths))}
-        return tokenizer, model, dict(
-            scales=' '.join(map(str, order.scales)), dtype=self.args.dtype, train_seconds=seconds,
-            images=images, train_flops=train_flops(key['row'], self.args.preset) * images,
-            passes=len(model.groups), parameters=parameters_of(model.config), nats=loss_L.sum().item(),
-            **losses)
+    def train(self, model: Model, data: tuple, steps: int, batch_size: int, peak: float,
+              seed: int) -> tuple[Tensor, Tensor, dict]:
+        """Trains a model on what `tokenizer` returned. Returns the held-out loss and error of each token, and
+        columns of the CSV."""
+        (tokenizer, tokens_NL, test_NL), began, device = data, time.perf_counter(), self.args.device
+        model, tokenizer = model.to(device), tokenizer.to(device)
+        fit(model, tokenizer, tokens_NL, self.labels, steps, batch_size, peak, seed, self.args.dtype)
+        seconds, images = time.perf_counter() - began, steps * batch_size
+        values = held_out(model, tokenizer, test_NL.long().to(device), self.test_labels.to(device))
+        model, tokenizer = model.cpu(), tokenizer.cpu()
+        return *(value_L.cpu() for value_L in values), dict(
+            dtype=self.args.dtype, train_seconds=seconds, images=images,
+            train_flops=train_flops(model) * images, parameters=parameters_of(model))
 
-    def weights_of(self, key: dict) -> Path:
-        return folder_of(self.args, '{row}-{equal}-{steps}-{seed}.pt'.format(**key))
+    def save(self, name: str, model: Model):
+        save_checkpoint(folder_of(self.args, name), 'study', weights=model.state_dict())
+
+    def restore(self, name: str, model: Model):
+        path = folder_of(self.args, name)
+        check(path.exists(), f'{path}: missing; to train it again, delete its row in {self.path}')
+        with open_checkpoint(path, 'study') as saved:
+            model.load_state_dict(saved['weights'])
 
     def samples(self, tokenizer, model: Model, count: int, seed: int, cfg: float, ramp: bool) -> Tensor:
         labels = [i % 10 for i in range(count)]
         batches = draw(tokenizer, model, labels, seed, 500, self.args.dtype, cfg=cfg, ramp=ramp)
         return torch.cat([to_uint8(images) for images, _ in batches])
+
+
+@torch.no_grad()
+def held_out(model: Model, tokenizer: VQVAE, tokens_NL: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each token, averaged over the images, (L,) each: the cross-entropy in nats, and how often the most
+    likely code is the wrong one."""
+    losses, errors = [], []
+    for tokens_BL, labels_B in zip(tokens_NL.split(250), labels_N.split(250)):
+        logits_BLV = model(labels_B, model.teacher_inputs(tokenizer, tokens_BL))
+        losses.append(F.cross_entropy(logits_BLV.mT, tokens_BL, reduction='none'))
+        errors.append(logits_BLV.argmax(-1) != tokens_BL)
+    return torch.cat(losses).mean(0), torch.cat(errors).float().mean(0)
+
+
+def parameters_of(model: Model) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# ----------------------------------------------------------------------------- next token against next scale
+GUIDANCE = [(0.0, True), *itertools.product((1.0, 2.0, 4.0, 8.0), (True, False))]       # cfg, ramp
+JUDGES = {'shapes': [(Judge, 'judge'), (ResidualJudge, 'judge-residual')], 'cifar10': [(Judge, 'judge')]}
+TWINS, WEIGHTS = ('VAR', 'one by one'), '{row}-{equal}-{steps}-{seed}.pt'
+CHOSEN_ON = 500                         # samples to choose the guidance of a row
+
+
+class Comparison(Study):
+    """The study of orders on a data set: its judges and rows."""
+
+    def __init__(self, args: argparse.Namespace):
+        super().__init__(args, 'orders')
+        self.judges = [load_judge(self.name, self.real, self.real_labels,
+                                  HERE.parent / f'out/{stem}-{self.name}.pt', kind)
+                       for kind, stem in JUDGES[self.name]]
+        self.real, self.real_labels = self.real[:JUDGED], self.real_labels[:JUDGED]
+        self.references = [[judge.features(images) for images in (self.test, self.real)]
+                           for judge in self.judges]
+
+    def train_row(self, key: dict) -> tuple[VQVAE, Model, dict]:
+        """The tokenizer of a row, its trained model, and what the CSV has about the training."""
+        order, settings, seed = ORDERS[key['row']], self.settings, key['seed']
+        data = self.tokenizer(order, seed if self.name == 'shapes' else 0)      # CIFAR-10: one for all seeds
+        torch.manual_seed(seed)
+        model = Model(order, settings.vocab_size)
+        loss_L, _, trained = self.train(model, data, key['steps'], settings.batch_size,
+                                        key['rate'] * settings.learning_rate, seed)
+        losses = {f'loss_{side}x{side}': part.mean().item()
+                  for side, part in zip(order.scales, loss_L.split(data[0].scale_lengths))}
+        return data[0], model, trained | losses | dict(
+            scales=' '.join(map(str, order.scales)), passes=len(model.groups), nats=loss_L.sum().item())
 
     def choose_guidance(self, tokenizer: VQVAE, model: Model, key: dict) -> tuple[float, bool]:
         """The guidance with samples closest to training images; for later seeds of a row, the first one's."""
@@ -211,28 +242,27 @@ class Comparison:
         steps, images = max(row['steps'] for row in self.rows if row['row'] == 'one by one'), []
         for row in self.rows:
             if row['row'] in TWINS and (row['steps'], row['seed'], row['guided']) == (steps, 0, 1):
-                order, path = ORDERS[row['row']], self.weights_of(row)
-                check(path.exists(), f'{path}: missing; to train it again, delete its row in {self.path}')
+                order = ORDERS[row['row']]
                 tokenizer, model = self.tokenizer(order, 0)[0], Model(order, self.settings.vocab_size)
-                with open_checkpoint(path, 'study') as saved:
-                    model.load_state_dict(saved['weights'])
+                self.restore(WEIGHTS.format(**row), model)
                 images.append(self.samples(tokenizer, model, 30, 2, row['cfg'], row['ramp']))
         save_image(result(self.args, f'images/orders-{self.args.preset}.png'), grid(torch.cat(images), 10))
 
 
 def orders(args: argparse.Namespace):
     """Trains and measures all rows. Rows in the CSV are kept: delete one to measure it again."""
+    check(args.preset in ROWS, f'--preset {args.preset}: not for orders; choose from {", ".join(ROWS)}')
     study = Comparison(args)
     for row, seed in [(row, seed) for row in ROWS[args.preset] for seed in row.seeds]:
         key = dict(row=row.order, equal=row.equal, rate=row.rate or ORDERS[row.order].rate,
                    steps=steps_of(row, args.preset, args.share), seed=seed, judged=int(row.rate is None))
-        if any(key.items() <= known.items() for known in study.rows):
+        if study.has(key):
             continue
-        tokenizer, model, trained = study.train(key)
+        tokenizer, model, trained = study.train_row(key)
         key |= trained
         if row.rate is None:
             key |= study.ceiling(tokenizer)
-            save_checkpoint(study.weights_of(key), 'study', weights=model.state_dict())
+            study.save(WEIGHTS.format(**key), model)
             study.rows += [key | study.judge(tokenizer, model, *how) for how in
                            ((0, 0.0, True), (1, *study.choose_guidance(tokenizer, model, key)))]
         else:
@@ -242,169 +272,119 @@ def orders(args: argparse.Namespace):
 
 
 # ---------------------------------------------------------------------------------------------- scaling laws
-TOKENIZERS = {'cifar10-cpu': 'notebooks/cifar10.pt'}            # that of shapes is trained
-SIZES, LARGEST, STEPS = (1, 2, 3, 4, 5, 6), 7, 320              # depths, and steps of each
-MEASURES = ('loss', 'loss_8x8', 'error', 'error_8x8')           # of all scales, of the last one
-SHEET = (1, 3, 6), (0.2, 0.6, 1.0)                              # depths, fractions of training
+SEEDS, MEASURES = (0, 1, 2), ('loss', 'loss_8x8', 'error', 'error_8x8')         # of all scales, of the last
+SIZE_WEIGHTS, LABELS = 'size-{depth}-{blocks}-{steps}-{seed}.pt', [0, 1, 7, 8]  # LABELS: of the sheet
 
 
-class Run(NamedTuple):
-    """A training run of stage 2: the folder's name, and the flags of train.py besides the preset."""
-    name: str
-    flags: str
-    steps: int
+class Runs(NamedTuple):
+    """Runs of a model with the width of a depth: one for each number of steps and each seed, with a schedule
+    of its own."""
+    depth: int
+    blocks: int
+    steps: tuple[int, ...]
+    seeds: tuple[int, ...] = (0,)
 
 
-LONGER_AND_SHORTER = Run('norm-0', '--depth 2 --seed 0', 1605), Run('deep-0', '--depth 4 --seed 0', 255)
+class Scaling(NamedTuple):
+    """The study of a data set. The learning rate is `rate` / depth; cfg is the guidance of the sheet."""
+    batch_size: int
+    rate: float
+    runs: list[Runs]
+    left_out: list[Runs]
+    sheet: list[Runs]
+    cfg: float
 
 
-def settings_of(preset: str, flags: str) -> tuple[VQVAEConfig, VARConfig]:
-    args, _ = parse(['--preset', preset, *flags.split()])
-    return make(VQVAEConfig, args), make(VARConfig, args, num_classes=10)
+CHEAP = (1, 1), (2, 1), (2, 2)
+SCALING = {
+    'shapes': Scaling(8, 0.012, [
+        *(Runs(*size, (1000, 2000, 4000), SEEDS) for size in CHEAP),
+        *(Runs(*size, (8000, 16000)) for size in CHEAP),
+        Runs(3, 2, (1000, 2000, 4000, 8000, 16000)), Runs(3, 3, (1000, 2000, 4000, 8000)),
+        Runs(4, 4, (1000, 2000, 4000))],
+        [Runs(5, 5, (2000,)), Runs(3, 3, (16000,))],
+        [Runs(depth, depth, (1000, 4000, 16000)) for depth in (1, 2, 3)], 2.0),
+    'cifar10-cpu': Scaling(8, 0.012, [
+        Runs(1, 1, (1000, 2000, 4000), SEEDS), Runs(2, 2, (1000, 2000, 4000), SEEDS),
+        Runs(3, 3, (1000, 2000, 4000))],
+        [Runs(4, 4, (2000,))],
+        [Runs(depth, depth, (1000, 2000, 4000)) for depth in (1, 2, 3)], 4.0),
+    'cifar10': Scaling(64, 0.024, [Runs(depth, depth, (1000, 2000, 4000)) for depth in range(2, 8)],
+                       [Runs(8, 8, (4000,))],
+                       [Runs(depth, depth, (1000, 2000, 4000)) for depth in (2, 4, 6)], 4.0)}
 
 
-def parameters_of(config: VARConfig) -> int:
-    with torch.device('meta'):
-        return sum(parameter.numel() for parameter in VAR(config).parameters())
-
-
-def of_size(args: argparse.Namespace, depth: int) -> Run:
-    return Run(f'size-{depth}', f'--depth {depth}', max(5, round(args.share * STEPS)))
-
-
-def train(args: argparse.Namespace, run: Run):
-    """Trains a run unless it is finished; trains its tokenizer first if necessary."""
-    tokenizer = TOKENIZERS.get(args.preset)
-    if tokenizer is None:
-        folder = folder_of(args, 'tokenizer')
-        call_train(args, folder, f'--stage vqvae --vqvae-steps {max(5, round(args.share * 750))}')
-        tokenizer = os.path.relpath(folder / 'vqvae.pt', HERE.parent)
-    cache = '' if args.share == 1 else '--no-cache-tokens'      # caching takes longer than a trial
-    call_train(args, folder_of(args, run.name), f'--stage var --tokenizer {tokenizer} --keep-models '
-               f'{run.flags} --var-steps {run.steps} --save-every-steps {max(1, run.steps // 5)} {cache}')
-
-
-def validations(out: Path) -> list[dict]:
-    """Validation metrics that train.py logged; error is 1 - accuracy."""
-    found = [{name: float(value) for name, value in row.items() if value and name != 'split'}
-             for row in csv.DictReader((out / 'var.csv').read_text().splitlines()) if row['split'] == 'val']
-    return [row | {name.replace('accuracy', 'error'): 1 - value for name, value in row.items()
-                   if name.startswith('accuracy')} for row in found]
-
-
-class PowerLaw(NamedTuple):
-    """y = factor * x ** alpha + constant, or (beta * x) ** alpha + constant; correlation is between log x and
-    log(y - constant)."""
-    alpha: float
-    factor: float
-    constant: float
-    correlation: float
-
-    def __call__(self, x):
-        return self.factor * np.asarray(x, float) ** self.alpha + self.constant
-
-    @property
-    def log10_beta(self) -> float:
-        return math.log10(self.factor) / self.alpha
-
-
-def fit_power_law(x, y, with_constant: bool = False) -> PowerLaw:
-    """Least-squares fit of the logs. The constant, between 0 and almost min(y), is that with the strongest
-    correlation. Raises UserError if y doesn't fall as x rises."""
-    x, y = np.log(np.asarray(x, float)), np.asarray(y, float)
-    check(len(x) > 1 and np.polyfit(x, y, 1)[0] < -1e-12, 'no power law: the measured value does not fall')
-    fits = []
-    for constant in y.min() * (1 - np.geomspace(1, 1e-4, 400)) if with_constant else [0.0]:
-        logs = np.log(y - constant)
-        alpha, offset = np.polyfit(x, logs, 1)
-        fits.append(PowerLaw(alpha, math.exp(offset), constant, np.corrcoef(x, logs)[0, 1]))
-    return min(fits, key=lambda law: law.correlation)
-
-
-def pareto_frontier(costs, losses) -> list[int]:
-    """Indices of the points that no other point beats at equal or lower cost, by increasing cost."""
-    order, found = np.lexsort((losses, costs)), []
-    for i in order:
-        if not found or losses[i] < losses[found[-1]]:
-            found.append(int(i))
-    return found
-
-
-def log_of(run: Run, args: argparse.Namespace) -> list[dict]:
-    """A row for each validation of a run; none if the run does not exist."""
-    out, configs = folder_of(args, run.name), settings_of(args.preset, run.flags)
-    if not (out / 'var.csv').exists():
-        return []
-    known = dict(run=run.name, depth=configs[1].depth, parameters=parameters_of(configs[1]), dtype=args.dtype)
-    flops, found = flops_of(*configs)['train'], []
-    batch = parse(['--preset', args.preset])[0].batch_size
-    for row in validations(out):
-        step = int(row['step'])
-        measures = {name: value for name, value in row.items() if name.startswith(('loss', 'error'))}
-        found.append(known | dict(step=step, steps=run.steps, images=step * batch,
-                                  train_flops=flops * step * batch) | measures)
-    return found
-
-
-def collect(args: argparse.Namespace):
-    """Writes scaling-*.csv from the logs of the runs that exist; keeps the rows of the others."""
-    path = result(args, f'scaling-{args.preset}.csv')
-    before = read_csv(path) if path.exists() else []
-    runs = *(of_size(args, depth) for depth in (*SIZES, LARGEST)), *LONGER_AND_SHORTER
-    rows = [row for run in runs
-            for row in log_of(run, args) or (row for row in before if row['run'] == run.name)]
-    write_csv(path, rows)
+def train_runs(study: Study, runs: list[Runs]):
+    """Trains and measures the runs that have no row yet."""
+    batch_size, rate, *_ = SCALING[study.args.preset]
+    for depth, blocks, budgets, seeds in runs:
+        for steps, seed in itertools.product(budgets, seeds):
+            key = dict(depth=depth, blocks=blocks, steps=steps_of_share(study.args.share, steps), seed=seed)
+            if study.has(key):
+                continue
+            data = study.tokenizer(ORDERS['VAR'], 0)
+            torch.manual_seed(seed)
+            model = Model(ORDERS['VAR'], study.settings.vocab_size, depth, blocks)
+            *values_L, trained = study.train(model, data, key['steps'], batch_size, rate / depth, seed)
+            values = [part.mean().item() for all_L in values_L for part in (all_L, all_L[-64:])]
+            study.save(SIZE_WEIGHTS.format(**key), model)
+            study.rows.append(key | trained | dict(zip(MEASURES, values)))
+            write_csv(study.path, study.rows)
 
 
 def scaling(args: argparse.Namespace):
-    for depth in SIZES:
-        train(args, of_size(args, depth))
-    collect(args)
+    train_runs(Study(args, 'scaling'), SCALING[args.preset].runs)
 
 
-def at_the_end(rows: list[dict], depths) -> list[dict]:
-    """The last validation of each depth, from the runs of equal steps."""
-    return [row for depth in depths for row in rows
-            if row['run'] == f'size-{depth}' and row['step'] == row['steps']]
+def predictions(preset: str, rows: list[dict], share: float = 1.0) -> list[dict]:
+    """Of the runs left out: by their parameters, from all runs with as many steps; and by their images, from
+    all runs of the same size. Each measure has a row for the law without a constant and one for that with a
+    constant, and in both the guesses without a law. Raises UserError if a run left out is among the rows."""
+    study, found = SCALING[preset], []
+    for depth, blocks, (steps,), _ in study.left_out:
+        steps, size = steps_of_share(share, steps), dict(depth=depth, blocks=blocks)
+        check(not grouped(rows, 'loss', **size, steps=steps), f'scaling-{preset}.csv: already has depth '
+              f'{depth} after {steps} steps; this would not be a prediction')
+        parameters = parameters_of(Model(ORDERS['VAR'], SETTINGS[preset].vocab_size, depth, blocks))
+        ways = [('parameters', parameters, dict(steps=steps)), ('images', steps * study.batch_size, size)]
+        for (by, asked, fixed), measure in itertools.product(ways, MEASURES):
+            groups = grouped(rows, measure, by, **fixed)
+            x, values = [x for x, in groups], [*groups.values()]
+            for with_constant in (0, 1) if len(x) > 2 else ():
+                laws = resampled_laws(x, values, with_constant, spread_of(rows, measure))
+                row = dict(**size, steps=steps, by=by, asked=asked, measure=measure, points=len(x),
+                           with_constant=with_constant, correlation=laws[0].correlation)
+                for name, numbers in (('alpha', [law.alpha for law in laws]),
+                                      ('constant', [law.constant for law in laws]),
+                                      ('predicted', [float(law(asked)) for law in laws])):
+                    row |= zip((name, f'{name}_low', f'{name}_high'), range_of(numbers))
+                found.append(row | guesses(x, values, asked))
+    return found
 
 
 def predict(args: argparse.Namespace):
-    """Predicts the seventh size from fits of the first six, before it is trained."""
     rows = read_csv(result(args, f'scaling-{args.preset}.csv'))
-    ends, config = at_the_end(rows, SIZES), settings_of(args.preset, of_size(args, LARGEST).flags)[1]
-    check(len(ends) == len(SIZES), f'scaling-{args.preset}.csv: has {len(ends)} of {len(SIZES)} sizes; '
-          'run `studies.py scaling` first')
-    check(not at_the_end(rows, [LARGEST]), f'scaling-{args.preset}.csv: already has depth {LARGEST}; this '
-          'would not be a prediction')
-    found, parameters = [], parameters_of(config)
-    for name in MEASURES:
-        for with_constant in (0, 1):
-            law = fit_power_law(*([row[key] for row in ends] for key in ('parameters', name)), with_constant)
-            found.append(dict(measure=name, with_constant=with_constant, depth=LARGEST, parameters=parameters,
-                              **law._asdict(), predicted=float(law(parameters))))
-    write_csv(result(args, f'prediction-{args.preset}.csv'), found)
+    write_csv(result(args, f'prediction-{args.preset}.csv'), predictions(args.preset, rows, args.share))
 
 
 def largest(args: argparse.Namespace):
+    """Trains the runs left out."""
     read_csv(result(args, f'prediction-{args.preset}.csv'))               # must exist first
-    train(args, of_size(args, LARGEST))
-    collect(args)
+    train_runs(Study(args, 'scaling'), SCALING[args.preset].left_out)
 
 
 def sheet(args: argparse.Namespace):
-    """Sizes in columns, fractions of training in rows: four samples in each, of the same seed and labels."""
-    depths, shares = SHEET
-    blocks = []
-    for share in shares:
-        for depth in depths:
-            run = of_size(args, depth)
-            step = round(share * 5) * (run.steps // 5)
-            tokenizer, var, _ = load(folder_of(args, run.name) / f'var-{step}.pt')
-            blocks.append(next(draw(tokenizer, var, [0, 1, 7, 8], 3, 4, cfg=4.0, top_k=0, top_p=0.8))[0])
-    rows = [torch.cat([block[half:half + 2] for block in blocks[i:i + len(depths)]])
-            for i in range(0, len(blocks), len(depths)) for half in (0, 2)]
+    """Sizes from left to right, steps from top to bottom: four samples of each, of equal noise and labels."""
+    study, runs, models = Study(args, 'scaling'), SCALING[args.preset].sheet, []
+    for steps, run in itertools.product(runs[0].steps, runs):
+        key = dict(depth=run.depth, blocks=run.blocks, steps=steps_of_share(args.share, steps), seed=0)
+        models.append(Model(ORDERS['VAR'], study.settings.vocab_size, run.depth, run.blocks))
+        study.restore(SIZE_WEIGHTS.format(**key), models[-1])
+    tokenizer, cfg = study.tokenizer(ORDERS['VAR'], 0)[0], SCALING[args.preset].cfg
+    samples = [study.samples(tokenizer, model, 10, 3, cfg, True)[LABELS] for model in models]
+    images = [torch.cat([of_model, torch.full_like(of_model[:1], 255)]) for of_model in samples]
     path = result(args, f'images/size-by-training-{args.preset}.png')
-    save_image(path, grid(torch.cat(rows), 2 * len(depths)))
+    save_image(path, grid(torch.cat(images), 5 * len(runs)))
     print(path)
 
 
@@ -416,12 +396,13 @@ def main(argv: list[str]):
     parser.add_argument('study', choices=list(STUDIES))
     parser.add_argument('--preset', choices=list(SETTINGS), default='cifar10-cpu', help='[cifar10-cpu]')
     parser.add_argument('--data-dir', help='folder with CIFAR-10 [downloaded to data/]')
+    parser.add_argument('--device', default='cpu', help='to train on; auto takes a GPU if there is one [cpu]')
     parser.add_argument('--dtype', choices=['auto', 'float32', 'bfloat16'], default='auto')
     parser.add_argument('--share', type=POSITIVE, default=1.0, help='fraction of the steps, for a trial [1]')
     parser.add_argument('--out', default='out/studies', help='folder of all runs [out/studies]')
     parser.add_argument('--quiet', action='store_true', help='hide the output of train.py')
     args = parser.parse_args(argv)
-    choose_device('cpu')                                        # glibc keeps memory, for timings
+    args.device = choose_device(args.device)
     args.data_dir = args.data_dir and str(Path(args.data_dir).resolve())        # train.py has another cwd
     STUDIES[args.study](args)
 

@@ -101,8 +101,8 @@ def test_a_copy_is_known_to_the_next_token_alone_if_tokens_are_predicted_one_by_
 
 def test_rows_of_equal_flops_take_equal_compute_and_the_orders_have_nearly_equal_parameters():
     def compute(row):
-        return steps_of(row, 'shapes') * train_flops(row.order, 'shapes') / row.multiple
-    wanted = SETTINGS['shapes'].steps * train_flops('VAR', 'shapes')
+        return steps_of(row, 'shapes') * train_flops(Model(ORDERS[row.order], 256)) / row.multiple
+    wanted = SETTINGS['shapes'].steps * train_flops(Model(ORDERS['VAR'], 256))
     rows = [row for row in ROWS['shapes'] if row.equal == 'flops']
     assert [compute(row) for row in rows] == pytest.approx([wanted] * len(rows), rel=0.003)
     sizes = {name: sum(weight.numel() for weight in Model(ORDERS[name], 256).parameters()) for name in ORDERS}
