@@ -273,7 +273,7 @@ def orders(args: argparse.Namespace):
 
 # ---------------------------------------------------------------------------------------------- scaling laws
 SEEDS, MEASURES = (0, 1, 2), ('loss', 'loss_8x8', 'error', 'error_8x8')         # of all scales, of the last
-SIZE_WEIGHTS, LABELS = 'size-{depth}-{blocks}-{steps}-{seed}.pt', [0, 1, 7, 8]  # LABELS: of the sheet
+SIZE_WEIGHTS, LABELS = 'size-{depth}-{blocks}-{steps}-{seed}.pt', [1, 4, 5, 9]  # LABELS: of the sheet
 
 
 class Runs(NamedTuple):
@@ -307,7 +307,7 @@ SCALING = {
     'cifar10-cpu': Scaling(8, 0.012, [
         Runs(1, 1, (1000, 2000, 4000), SEEDS), Runs(2, 2, (1000, 2000, 4000), SEEDS),
         Runs(3, 3, (1000, 2000, 4000))],
-        [Runs(4, 4, (2000,))],
+        [],
         [Runs(depth, depth, (1000, 2000, 4000)) for depth in (1, 2, 3)], 4.0),
     'cifar10': Scaling(64, 0.024, [Runs(depth, depth, (1000, 2000, 4000)) for depth in range(2, 8)],
                        [Runs(8, 8, (4000,))],
@@ -363,6 +363,8 @@ def predictions(preset: str, rows: list[dict], share: float = 1.0) -> list[dict]
 
 
 def predict(args: argparse.Namespace):
+    check(SCALING[args.preset].left_out, f'--preset {args.preset}: no run is left out, there is nothing to '
+          'predict')
     rows = read_csv(result(args, f'scaling-{args.preset}.csv'))
     write_csv(result(args, f'prediction-{args.preset}.csv'), predictions(args.preset, rows, args.share))
 
