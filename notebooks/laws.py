@@ -17,8 +17,8 @@ RESAMPLES = 300
 
 
 class PowerLaw(NamedTuple):
-    """y = factor * x ** alpha + constant, or (beta * x) ** alpha + constant; correlation is between log x and
-    log(y - constant)."""
+    """y = factor * x ** alpha + constant, or (beta * x) ** alpha + constant, beta = factor ** (1 / alpha);
+    correlation is between log x and log(y - constant)."""
     alpha: float
     factor: float
     constant: float
@@ -26,10 +26,6 @@ class PowerLaw(NamedTuple):
 
     def __call__(self, x):
         return self.factor * np.asarray(x, float) ** self.alpha + self.constant
-
-    @property
-    def log10_beta(self) -> float:
-        return math.log10(self.factor) / self.alpha
 
 
 def fit_power_law(x, y, with_constant: bool = False) -> PowerLaw:

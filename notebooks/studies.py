@@ -7,9 +7,10 @@
     python notebooks/studies.py largest --preset shapes --dtype bfloat16    # trains those
     python notebooks/studies.py sheet --preset shapes           # -> images/size-by-training-shapes.png
 
-The last four also take CIFAR-10: with --data-dir DIR on two cores, with --preset cifar10 --device cuda too
-on a GPU. train.py trains the tokenizers, this script everything else. A row is written after each run. Rows
-in a CSV are kept: to measure one again, delete it. All committed rows used bfloat16, on a CPU.
+The last four also take CIFAR-10. On two cores, replace the preset by --data-dir DIR (there, no run is left
+out); on a GPU, by --preset cifar10 --data-dir DIR --device cuda. train.py trains the tokenizers, this script
+everything else. A row is written after each run. Rows in a CSV are kept: to measure one again, delete it.
+All committed rows used bfloat16, on a CPU.
 """
 import argparse
 import csv
@@ -309,9 +310,11 @@ SCALING = {
         Runs(3, 3, (1000, 2000, 4000))],
         [],
         [Runs(depth, depth, (1000, 2000, 4000)) for depth in (1, 2, 3)], 4.0),
-    'cifar10': Scaling(64, 0.024, [Runs(depth, depth, (1000, 2000, 4000)) for depth in range(2, 8)],
-                       [Runs(8, 8, (4000,))],
-                       [Runs(depth, depth, (1000, 2000, 4000)) for depth in (2, 4, 6)], 4.0)}
+    'cifar10': Scaling(64, 0.024, [
+        Runs(2, 2, (1000, 2000, 4000), SEEDS),
+        *(Runs(depth, depth, (1000, 2000, 4000)) for depth in range(3, 8))],
+        [Runs(8, 8, (4000,))],
+        [Runs(depth, depth, (1000, 2000, 4000)) for depth in (2, 4, 6)], 4.0)}
 
 
 def train_runs(study: Study, runs: list[Runs]):

@@ -4,9 +4,11 @@ other study."""
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
@@ -22,7 +24,7 @@ from test_var import tiny_run                                                   
 def test_a_power_law_is_found_again_with_its_constant():
     x = np.geomspace(1e5, 1e8, 7)
     law = laws.fit_power_law(x, (2e-6 * x) ** -0.3)
-    assert law.alpha == pytest.approx(-0.3) and 10 ** law.log10_beta == pytest.approx(2e-6, rel=1e-6)
+    assert law.alpha == pytest.approx(-0.3) and law.factor ** (1 / law.alpha) == pytest.approx(2e-6, rel=1e-6)
     assert law.constant == 0 and law.correlation == pytest.approx(-1)
     assert law(1e9) == pytest.approx(2000 ** -0.3)
     y = (2e-6 * x) ** -0.3 + 5
@@ -87,6 +89,22 @@ def of_size(rows: list[dict]) -> list[tuple]:
     return [(row['depth'], row['blocks'], row['steps'], row['seed']) for row in rows]
 
 
+@pytest.mark.parametrize('preset', [preset for preset, study in studies.SCALING.items() if study.left_out])
+def test_the_runs_of_a_study_suffice_to_predict_the_runs_left_out(preset):
+    study, rows = studies.SCALING[preset], []
+    for run in study.runs:
+        parameters = studies.parameters_of(Model(ORDERS['VAR'], 1024, run.depth, run.blocks))
+        for steps in run.steps:
+            loss = 2 + (1e-4 * parameters) ** -0.3 + (1e-3 * steps) ** -0.5
+            row = dict(depth=run.depth, blocks=run.blocks, steps=steps, parameters=parameters,
+                       images=study.batch_size * steps)
+            rows += [row | dict.fromkeys(studies.MEASURES, loss + seed / 1e4) for seed in run.seeds]
+    found, left_out = studies.predictions(preset, rows), [(run.depth, run.steps[0]) for run in study.left_out]
+    assert {(row['depth'], row['steps']) for row in found} == {*left_out}
+    for row in found:
+        assert 0 < row['predicted_low'] <= row['predicted'] <= row['predicted_high'] < row['as_good']
+
+
 @pytest.mark.slow
 def test_a_tiny_study_runs_from_end_to_end_and_keeps_the_rows_it_has(tmp_path, monkeypatch):
     Runs = studies.Runs
@@ -144,6 +162,28 @@ def test_a_tokenizer_that_cannot_be_trained_stops_the_study_with_what_to_do(tmp_
     monkeypatch.setitem(studies.SETTINGS, 'shapes', wrong)
     with pytest.raises(UserError, match='tokenizer-4-0: train.py ended with status 2; .*--vocab-size 0:'):
         studies.main(['scaling', '--preset', 'shapes', '--out', str(tmp_path), '--quiet', '--share', '0.1'])
+
+
+@pytest.mark.slow
+def test_an_interrupted_tokenizer_is_resumed_to_the_same_tokens(tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, 'DRAWN', 200)
+    train, tokens = studies.train_tokenizer, []
+
+    def interrupt(args, out, flags):
+        train(args, out, flags + ' --stop-after-minutes 1e-9')
+        assert torch.load(out / 'last.pt', weights_only=True)['unfinished']
+        raise KeyboardInterrupt
+
+    for name in ('whole', 'interrupted'):
+        study = studies.Study(SimpleNamespace(preset='shapes', share=0.01, out=tmp_path / name, data_dir=None,
+                                              dtype='float32', quiet=True), 'scaling')
+        if name == 'interrupted':
+            monkeypatch.setattr(studies, 'train_tokenizer', interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                study.tokenizer(ORDERS['VAR'], 0)
+            monkeypatch.setattr(studies, 'train_tokenizer', train)
+        tokens.append(study.tokenizer(ORDERS['VAR'], 0)[1:])
+    assert all(whole.equal(resumed) for whole, resumed in zip(*tokens))
 
 
 WRONG_FLAGS = """
