@@ -4,13 +4,13 @@
     python notebooks/assignments/grade.py my-A1.ipynb --seed 7          # the same questions, other numbers
 
 The assignment is taken from the notebook's metadata, or else from its file name. The notebook runs from top
-to bottom; a cell that fails is reported, and the rest still run; a cell that begins with '# not for the
-grader' is skipped. Then the checks in tasks.py call its functions, and the results are compared with those
-of the reference solution; a result that matches a classic mistake is reported as that mistake
-(solutions/mistakes.py). The student's code never shares a process with the comparison or the solution, and
-works on a copy of the project, so it can't award itself points. (This is not a sandbox: run strangers'
-notebooks in a container.) Trained networks can't be compared with a solution (all of A4, two tasks of A5);
-the grader evaluates them itself.
+to bottom in IPython; a cell that fails is reported, and the rest still run. What needs a network, as !pip
+does, and a cell that begins with '# not for the grader' are skipped. Then the checks in tasks.py call its
+functions, and the results are compared with those of the reference solution; a result that matches a classic
+mistake is reported as that mistake (solutions/mistakes.py). The student's code never shares a process with
+the comparison or the solution, and works on a copy of the project, so it can't award itself points. (This is
+not a sandbox: run strangers' notebooks in a container.) Trained networks can't be compared with a solution
+(all of A4, two tasks of A5); the grader evaluates them itself.
 """
 import io
 import json
@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -47,7 +48,7 @@ ROUNDING = {'sample_tokens': 0.85}      # share of tokens that must agree: one f
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 A4_BITS, A4_PARAMETERS = 680, 650_000   # limits: bits per image; size of the tokenizer
-A4_START, A4_BASELINE, A4_GOAL = 18.0, 20.5, 24.0   # dB needed for 4, for more than 4, and for all points
+A4_START, A4_BASELINE, A4_GOAL = 15.0, 17.5, 22.5   # dB needed for 4, for more than 4, and for all points
 A5_HEART = {0.1: 6, 0.5: 4, 2.0: 2}     # limits of the loss, in nats per token: points
 A5_LOSS, A5_GAP = 5.6, 0.1              # nats: limit for both losses; what f_hat must gain at 4x4
 COPIED = ('*.py', 'notebooks/cifar10.pt', 'notebooks/assignments/probes.py', 'notebooks/assignments/tasks.py')
@@ -80,15 +81,13 @@ def read_results(path: Path, *types: type) -> list[tuple]:
 def watch(process: subprocess.Popen, folder: Path, printed: int, seconds: float, deadline: float) -> str:
     """Waits for probes.py to end; '' if all went well, or what the current step did wrong."""
     step, since = '', time.monotonic()
-    while process.poll() is None:
+    while process.poll() is None and os.fstat(printed).st_size <= PRINTED:
         time.sleep(0.02)
         now = time.monotonic()
         if current_step(folder) != step:
             step, since = current_step(folder), now
         if now > min(since + seconds, deadline):
             return f'ran longer than {min(seconds, deadline - since):.0f} seconds and was stopped'
-        if os.fstat(printed).st_size > PRINTED:
-            break
     if os.fstat(printed).st_size > PRINTED:
         return f'printed more than {PRINTED >> 20} MiB and was stopped'
     return '' if current_step(folder) == 'done' else f'ended the process (exit status {process.returncode})'
@@ -96,10 +95,8 @@ def watch(process: subprocess.Popen, folder: Path, printed: int, seconds: float,
 
 def end(process: subprocess.Popen):
     """Kills the process and what it started."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL) if os.name == 'posix' else process.kill()
-    except ProcessLookupError:
-        pass
     process.wait()
 
 
@@ -117,13 +114,13 @@ def run_notebook(notebook: bytes, assignment: str, seed: int, seconds: float, le
         place = copy / 'notebooks' / 'assignments'
         (place / 'notebook.ipynb').write_bytes(notebook)
         folder.mkdir()
-        environment = dict(os.environ, MPLBACKEND='Agg', PYTHONDONTWRITEBYTECODE='1')
+        env = dict(os.environ, MPLBACKEND='Agg', PYTHONDONTWRITEBYTECODE='1', TERM='dumb', IPYTHONDIR=scratch)
         command = [sys.executable, 'probes.py', 'notebook.ipynb', assignment, str(folder), str(seed)]
         skipped, remarks, deadline = [*left_out], [], time.monotonic() + 5 * seconds
         while True:
             with tempfile.TemporaryFile() as printed:
                 process = subprocess.Popen(
-                    [*command, *skipped], cwd=place, env=environment, start_new_session=True,
+                    [*command, *skipped], cwd=place, env=env, start_new_session=True,
                     stdin=subprocess.DEVNULL, stdout=printed, stderr=printed)
                 try:
                     wrong = watch(process, folder, printed.fileno(), seconds, deadline)
@@ -254,16 +251,21 @@ def judge_tokenizer(value, seed: int) -> tuple[int, str]:
                     ('' if points == 20 else f' expected at least {A4_GOAL} dB for all points'))
 
 
+def loss_of(weights, seed: int, labels_B, inputs_BLC, tokens_BL) -> torch.Tensor:
+    """Cross-entropy of each token, (B, L), for the given VAR with these weights, which can be anything."""
+    var = small_var(seed)
+    var.load_state_dict(weights)
+    with torch.no_grad():
+        return F.cross_entropy(var(labels_B, inputs_BLC).mT, tokens_BL, reduction='none')
+
+
 def judge_by_heart(value, seed: int) -> tuple[int, str]:
     """Points for memorising eight images, and a line with the loss."""
-    try:
-        var = small_var(seed)
-        var.load_state_dict(value)
-    except Exception as error:                              # it can be anything
-        return 0, f'expected the given VAR, trained; the returned value does not load as one ({error})'
     _, tokens_BL, inputs = drawings(8, seed)
-    with torch.no_grad():
-        loss = F.cross_entropy(var(torch.arange(8), inputs['f_hat']).mT, tokens_BL).item()
+    try:
+        loss = loss_of(value, seed, torch.arange(8), inputs['f_hat'], tokens_BL).mean().item()
+    except Exception as error:
+        return 0, f'expected the given VAR, trained; the returned value does not load as one ({error})'
     points = max([worth for most, worth in A5_HEART.items() if loss < most], default=0)         # nan: 0
     return points, f'{loss:.3f} nats per token' + f', expected less than {min(A5_HEART)}' * (points < 6)
 
@@ -271,17 +273,14 @@ def judge_by_heart(value, seed: int) -> tuple[int, str]:
 def judge_ablation(value, seed: int) -> tuple[int, str]:
     """Points for the two models, and a line with their losses on held-out images."""
     labels_N, tokens_NL, inputs = drawings(256, seed + 10 ** 6)
-    losses = {}
     try:
-        for name, inputs_NLC in inputs.items():
-            var = small_var(seed)
-            var.load_state_dict(value[name])
-            with torch.no_grad():
-                losses[name] = F.cross_entropy(var(labels_N, inputs_NLC).mT, tokens_NL, reduction='none')
-    except Exception as error:                              # it can be anything
+        losses = {name: loss_of(value[name], seed, labels_N, inputs[name], tokens_NL) for name in inputs}
+    except Exception as error:
         return 0, f'expected two trained VARs, f_hat and last; the returned value does not load ({error})'
     whole = {name: loss.mean().item() for name, loss in losses.items()}
-    finer = {name: loss[:, 5:21].mean().item() for name, loss in losses.items()}        # scale 4x4
+    config = small_var(seed).config
+    finer = {name: loss.split(config.lengths, 1)[config.scales.index(4)].mean().item()
+             for name, loss in losses.items()}
     trained = [loss < A5_LOSS for loss in whole.values()]
     points = 2 * sum(trained) + 2 * (all(trained) and finer['last'] - finer['f_hat'] > A5_GAP)
     return points, (f'nats per token: f_hat {whole["f_hat"]:.2f}, last {whole["last"]:.2f}; at 4x4: f_hat '
@@ -344,8 +343,8 @@ def grade(notebook: bytes, assignment: str, seed: int = 0, seconds: float | None
             for name, rows in expected.items()}, remarks
 
 
-def read_notebook(path: Path) -> tuple[bytes, str, list[str]]:
-    """The notebook's bytes, its assignment, and the first line of each of its code cells."""
+def read_notebook(path: Path) -> tuple[bytes, str, dict[str, str]]:
+    """The notebook's bytes, its assignment, and the first line of each of its code cells, by step."""
     try:
         check(path.is_file(), f'{path}: not a file; pass a notebook, such as notebooks/assignments/A1.ipynb')
         content = path.read_bytes()
@@ -357,8 +356,10 @@ def read_notebook(path: Path) -> tuple[bytes, str, list[str]]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f'{path}: not a Jupyter notebook (version 4)') from None
     known = [name for name in TASKS if name == named] or [name for name in TASKS if name in path.name]
-    check(known, f'{path}: cannot tell which assignment this is; put it in the file name, as in my-A1.ipynb')
-    return content, known[0], [source.strip().partition('\n')[0][:60] for source in sources]
+    check(len(known) == 1, f'{path}: cannot tell which assignment this is; name the file after one, as in '
+          'my-A1.ipynb')
+    firsts = (source.strip().partition('\n')[0][:60] for source in sources)
+    return content, known[0], {f'code cell {i}': f' ({first})' for i, first in enumerate(firsts, 1)}
 
 
 def printable(text: str) -> str:
@@ -378,10 +379,8 @@ def main(argv: list[str]):
     content, assignment, first_lines = read_notebook(Path(args.notebook))
     tasks, remarks = grade(content, assignment, args.seed, args.seconds)
     for step, text in remarks:
-        number = int(step.removeprefix('code cell ')) if step.startswith('code cell ') else 0
-        line = f' ({first_lines[number - 1]})' if 0 < number <= len(first_lines) else ''
         if not text.startswith('NotImplementedError'):
-            print(printable(f'{step}{line}: {text}'))
+            print(printable(f'{step}{first_lines.get(step, "")}: {text}'))
     for name, (points, of, lines) in tasks.items():
         print(f'{name:16} {points:2}/{of}', *(f'    {printable(line)}' for line in lines), sep='\n')
     print(f'{assignment}: {sum(row[0] for row in tasks.values())}/{sum(row[1] for row in tasks.values())}')

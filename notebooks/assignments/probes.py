@@ -2,7 +2,7 @@
 
     python probes.py NOTEBOOK A1 FOLDER SEED [STEP ...]
 
-Runs the notebook's code cells, then calls the student's functions with inputs made from SEED. The
+Runs the notebook's code cells in IPython, then calls the student's functions with inputs made from SEED. The
 results are written to FOLDER, one file per task. Nothing is judged here, because the student's code shares
 this process and could tamper with the judge. Each STEP ('code cell 3', 'task encode') is skipped: it hung or
 died before. For the solution, each task is run again with each classic mistake (solutions/mistakes.py).
@@ -16,9 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from IPython.core.interactiveshell import InteractiveShell
 from tasks import TASKS
 
 PRINTED = 2 ** 20                       # limit on the output of a notebook, in bytes
+NETWORK = r'(\S+ -m )?(pip3?|conda|mamba|apt|apt-get|git|wget|curl)\b'        # commands that are not run
 IN_PLACE = dict(top_k=0, top_p=0, cached_step=3, by_heart=0)    # index of the argument it may modify
 
 
@@ -26,12 +28,10 @@ def snapshot(value):
     """Something that changes if tensors or numbers in `value` do."""
     if isinstance(value, torch.nn.Module):
         value = value.state_dict()
-    if isinstance(value, dict):
-        value = list(value.values())
     if isinstance(value, torch.Tensor):
         return value.detach().numpy().tobytes()
-    if isinstance(value, (list, tuple)):
-        return [snapshot(item) for item in value]
+    if isinstance(value, (dict, list, tuple)):
+        return [snapshot(item) for item in (value.values() if isinstance(value, dict) else value)]
     return value if isinstance(value, (int, float)) else None
 
 
@@ -74,36 +74,43 @@ def plain(value, depth=0):
 
 def describe(error: BaseException) -> str:
     """What was raised, and where in the notebook."""
-    frames = traceback.extract_tb(error.__traceback__)
-    places = [f'{frame.filename}, line {frame.lineno}' for frame in frames
+    places = [f'{frame.filename}, line {frame.lineno}' for frame in traceback.extract_tb(error.__traceback__)
               if frame.filename.startswith('code cell ')]
-    try:
-        text = f': {error}'
-    except Exception:                       # a student's own exception class can fail here
-        text = ''
-    return type(error).__name__ + text.rstrip(': ')[:200] + (f' ({places[-1]})' if places else '')
+    return f'{type(error).__name__}: {error}'.rstrip(': ')[:200] + (f' ({places[-1]})' if places else '')
 
 
-def compiled(source: str, name: str):
-    """A cell's code; lines of Jupyter syntax (%magic, !command, name?) are skipped if Python rejects them."""
-    try:
-        return compile(source, name, 'exec')
-    except SyntaxError:
-        jupyters = r'^(\s*)(%%?[a-z].*|!(?!=).*|[\w.]+\?+ *)$'
-        return compile(re.sub(jupyters, r'\1pass', source, flags=re.M), name, 'exec')
+class Shell(InteractiveShell):
+    """IPython, which collects errors. A statement that lacks a module, a file, a terminal or a network is
+    skipped, as are those of its cell that then lack a name. Any other error ends the cell."""
+    complaints, enable_gui, ask_exit = [], print, sys.exit      # for %matplotlib and exit()
+
+    def showtraceback(self, exception=None, **_):
+        self.complaints.append((self.step, describe(sys.exc_info()[1] or exception[1])))
+
+    showsyntaxerror = showtraceback
+
+    def system(self, command: str):
+        if not re.match(NETWORK, command):
+            return self.system_raw(command)
+        self.complaints.append((self.step, f'!{command}: skipped, because it may need a network'))
+
+    async def run_ast_nodes(self, nodes, *options, result=None, **others):
+        skipped = ImportError, OSError, EOFError
+        for node in nodes:
+            if await super().run_ast_nodes([node], *options, result=result, **others):
+                if not isinstance(result.error_in_exec, skipped):
+                    return True
+                skipped = *skipped, NameError
+        return False
 
 
 def write(path: Path, content):
-    temporary = path.with_suffix('.part')
-    torch.save(content, temporary)
-    os.replace(temporary, path)
-
-
-def end_if_talkative():
-    """Ends the process if it printed too much, while `step` still names the cause."""
+    """Saves results, or ends the process if it printed too much, while `step` still names the cause."""
     print(end='', flush=True)
     if os.fstat(1).st_size > PRINTED:
         os._exit(1)
+    torch.save(content, path.with_suffix('.part'))
+    os.replace(path.with_suffix('.part'), path)
 
 
 def evaluate(task, student: Student, seed: int) -> list:
@@ -120,7 +127,7 @@ def evaluate(task, student: Student, seed: int) -> list:
 
 
 def main(notebook: str, assignment: str, folder: str, seed: str, *skipped: str):
-    folder, names, complaints = Path(folder), {'__name__': '__main__', 'display': print}, []
+    folder, shell = Path(folder), Shell()
     content = json.loads(Path(notebook).read_bytes())
     cells = [''.join(cell['source']) for cell in content['cells'] if cell['cell_type'] == 'code']
     for number, source in enumerate(cells, 1):
@@ -129,25 +136,18 @@ def main(notebook: str, assignment: str, folder: str, seed: str, *skipped: str):
             continue
         (folder / 'step').write_text(step)
         torch.manual_seed(number)                               # the same random numbers in every run
-        try:
-            exec(compiled(source, step), names)
-        except BaseException as error:
-            complaints.append((step, describe(error)))
-        write(folder / 'complaints', complaints)
-        end_if_talkative()
-    # from here on torch.empty gives NaN instead of arbitrary values
-    torch.use_deterministic_algorithms(True, warn_only=True)
+        shell.step, shell.compile.get_code_name = step, lambda *_, step=step: step
+        shell.run_cell(source, silent=True)
+        write(folder / 'complaints', shell.complaints)
+    torch.use_deterministic_algorithms(True, warn_only=True)    # from here on torch.empty gives NaN
     for task in TASKS[assignment]:
         step = f'task {task.__name__}'
         if step in skipped or (folder / task.__name__).exists():
             continue
         (folder / 'step').write_text(step)
-        found = evaluate(task, Student(names), int(seed))
-        end_if_talkative()
-        write(folder / task.__name__, found)
+        write(folder / task.__name__, evaluate(task, Student(shell.user_ns), int(seed)))
         for i, source in enumerate(content['metadata'].get('mistakes', {}).get(task.__name__, [])):
-            wrong = dict(names)
-            exec(compiled(source, 'a mistake'), wrong)
+            exec(source, wrong := dict(shell.user_ns))
             write(folder / f'{task.__name__}.{i}', evaluate(task, Student(wrong), int(seed)))
     (folder / 'step').write_text('done')
 

@@ -16,18 +16,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 import sample                                                                           # noqa: E402
+from train import draw_shapes, to_float                                                 # noqa: E402
 from var import VAR, VARConfig, draw_tokens                                             # noqa: E402
 from vqvae import VQVAE, Phi                                                            # noqa: E402
+
+
+def committed() -> tuple:
+    """The tokenizer and the transformer that A3 and A5 use."""
+    return sample.load(ROOT / 'notebooks' / 'cifar10.pt')[:2]
 
 
 def normal(seed: int, *shape: int) -> torch.Tensor:
     """float64, so that equivalent computations do not disagree at near ties."""
     return torch.from_numpy(np.random.default_rng([seed, *shape]).normal(size=shape))
-
-
-def gradients_of(scalar: torch.Tensor, leaves: list) -> list:
-    found = torch.autograd.grad(scalar, leaves, allow_unused=True)
-    return [torch.zeros_like(leaf) if gradient is None else gradient for leaf, gradient in zip(leaves, found)]
 
 
 def questions(**points: int):
@@ -84,7 +85,8 @@ def with_gradients(function, *tensors) -> list:
     """The value, and the gradient of a random weighted sum of its entries for each tensor."""
     leaves = [tensor.clone().requires_grad_() for tensor in tensors]
     value = function(*leaves)
-    return [value, *gradients_of((value * normal(99, *value.shape)).sum(), leaves)]
+    weighted = (value * normal(99, *value.shape)).sum()
+    return [value, *torch.autograd.grad(weighted, leaves, allow_unused=True, materialize_grads=True)]
 
 
 def straight_through(student, seed):
@@ -131,16 +133,12 @@ def block_mask(student, seed):
 
 
 class Operations(TorchDispatchMode):
-    """Counts torch operations and executed lines of Python."""
+    """Counts torch operations."""
     count = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         self.count += 1
         return operation(*args, **kwargs or {})
-
-    def line(self, *_):
-        self.count += 1
-        return self.line
 
 
 def attention(student, seed):
@@ -152,12 +150,8 @@ def attention(student, seed):
 
     def operations(L):
         with Operations() as counted:
-            sys.settrace(counted.line)
-            try:
-                attend(L, L, None)
-                attend(L, L, torch.ones(L, L).tril() > 0)
-            finally:
-                sys.settrace(None)
+            attend(L, L, None)
+            attend(L, L, torch.ones(L, L).tril() > 0)
         return counted.count
     yield 1, '3 queries, 7 keys, no mask', lambda: attend(3, 7, None)
     yield 1, '5 queries, 7 keys, a mask', lambda: attend(5, 7, normal(seed, 5, 7) + 3 * torch.eye(5, 7) > 0)
@@ -278,12 +272,13 @@ def draw(student, seed):
 
 
 def sample_tokens(student, seed):
-    tokenizer, var, _ = sample.load(ROOT / 'notebooks' / 'cifar10.pt')
-    noise_BL = sample.noise_of_images(seed, 0, 8, 85)
+    tokenizer, var = committed()
+    lengths, K = var.config.lengths, len(var.config.lengths)
+    noise_BL = sample.noise_of_images(seed, 0, 8, sum(lengths))
 
     def pick(logits_BlV, k):
-        return draw_tokens(logits_BlV, noise_BL.split(tokenizer.scale_lengths, 1)[k], 0, 0.8)
-    for points, t_K in ((1, [0.0, 0.0, 0.0, 0.0]), (3, [2.0, 0.0, 1.0, 3.0])):
+        return draw_tokens(logits_BlV, noise_BL.split(lengths, 1)[k], 0, 0.8)
+    for points, t_K in ((1, [0.0] * K), (3, [2.0, 0.0, 1.0, 3.0, *range(4, K)])):
         yield points, f'tokens of eight CIFAR-10 samples, strengths {t_K}', \
             lambda: student.sample_tokens(tokenizer, var, torch.arange(8), t_K, pick)
 
@@ -300,24 +295,24 @@ def known_places(student, seed):
 
 
 def complete(student, seed):
-    tokenizer = sample.load(ROOT / 'notebooks' / 'cifar10.pt')[0].double()
-    f_BCHW, wanted_BCHW = normal(seed, 4, 16, 8, 8) / 2, normal(seed + 1, 4, 16, 8, 8) / 2
+    tokenizer = committed()[0].double()
+    shape = 4, tokenizer.config.z_channels, *tokenizer.config.scales[-1:] * 2
+    f_BCHW, wanted_BCHW = normal(seed, *shape) / 2, normal(seed + 1, *shape) / 2
 
     def draw_scale(f_hat_BCHW, k):
         return tokenizer.nearest_codes(tokenizer.shrink(wanted_BCHW - f_hat_BCHW, k))
-    known_L = torch.from_numpy(np.random.default_rng(seed).random(85) < 0.5)
+    known_L = torch.from_numpy(np.random.default_rng(seed).random(sum(tokenizer.scale_lengths)) < 0.5)
     for what, places_L in (('nothing', known_L & False), ('half', known_L)):
         yield 1 if what == 'nothing' else 3, f'tokens of four images of which {what} is known', \
             lambda: student.complete(tokenizer, f_BCHW, places_L, draw_scale)
 
 
 # ------------------------------------------------------------------------------- A4: open-ended
-A4_BATCHES, A4_BATCH, A4_ENCODED = 200, 32, 8_000       # A4_ENCODED: limit on the images encoded
+A4_BATCHES, A4_BATCH, A4_ENCODED = 100, 32, 4_000       # A4_ENCODED: limit on the images encoded
 
 
 def train_tokenizer(student, seed):
     def trained():
-        from train import draw_shapes           # imported here because it is slow and A1 to A3 don't need it
         count, features = 0, VQVAE.features
 
         def counted(self, images):
@@ -352,8 +347,9 @@ def loss_by_scale(student, seed):
 
 
 def last_inputs(student, seed):
-    tokenizer = sample.load(ROOT / 'notebooks' / 'cifar10.pt')[0]
-    tokens_BL = torch.from_numpy(np.random.default_rng(seed).integers(1024, size=(3, 85)))
+    tokenizer, _ = committed()
+    V, L = tokenizer.config.vocab_size, sum(tokenizer.scale_lengths)
+    tokens_BL = torch.from_numpy(np.random.default_rng(seed).integers(V, size=(3, L)))
     tokenizer.requires_grad_()
 
     def inputs():
@@ -363,19 +359,19 @@ def last_inputs(student, seed):
 
 
 def small_var(seed: int) -> VAR:
+    config = committed()[0].config
     torch.manual_seed(seed)
-    return VAR(VARConfig(1, 10, 1024, 16, (1, 2, 4, 8), adaln_gamma_init=1e-2))
+    return VAR(VARConfig(1, 10, config.vocab_size, config.z_channels, config.scales, adaln_gamma_init=1e-2))
 
 
 def drawings(count: int, seed: int) -> tuple:
     """Labels, tokens from the committed tokenizer and both kinds of inputs, for `count` drawn shapes."""
-    from train import draw_shapes, to_float             # imported here because it is slow
-    tokenizer = sample.load(ROOT / 'notebooks' / 'cifar10.pt')[0]
+    tokenizer, _ = committed()
     pictures, labels_N = draw_shapes(count, seed)
     tokens_NL = tokenizer.encode(to_float(pictures))
-    alone = [tokenizer.contribution(part, k) for k, part in enumerate(tokens_NL.split([1, 4, 16, 64], 1))]
-    last = torch.cat([tokenizer.next_input(alone[k], k) for k in range(3)], 1)
-    return labels_N, tokens_NL, dict(f_hat=tokenizer.teacher_inputs(tokens_NL), last=last.detach())
+    *parts, _ = tokens_NL.split(tokenizer.scale_lengths, 1)
+    last = [tokenizer.next_input(tokenizer.contribution(part, k), k).detach() for k, part in enumerate(parts)]
+    return labels_N, tokens_NL, dict(f_hat=tokenizer.teacher_inputs(tokens_NL), last=torch.cat(last, 1))
 
 
 def by_heart(student, seed):

@@ -124,7 +124,8 @@ BAD = [                         # what it does; first cell; code in decode; rema
     ('prints megabytes', 'while True: print("x" * 10 ** 6)', '', 'code cell 1: printed more than 1 MiB', []),
     ('prints in a task', '', 'print("x" * 10 ** 7)', 'task decode: printed more than 1 MiB', ['decode']),
     ('has a bad cell', 'def f(:', '', 'code cell 1: SyntaxError', []),
-    ('speaks to Jupyter', '%matplotlib inline\n!ls\nassert (1\n        != 2)\nready = True', 'ready', '', []),
+    ('speaks to Jupyter', '%matplotlib inline\n!ls\nassert (1\n        != 2)\nready = True', 'display(ready)',
+     '', []),
     ('pretends to go on', FOLDER + 'import time\ni = 0\nwhile True:\n    i += 1\n    time.sleep(0.05)\n'
      '    open(folder + "/next", "w").write(f"code cell {i}")\n'
      '    os.replace(folder + "/next", folder + "/step")', '', 'code cell', ALL),
@@ -139,7 +140,8 @@ BAD = [                         # what it does; first cell; code in decode; rema
     ('asks', 'name = input()', '', 'code cell 1: EOFError', []),
     ('awards itself points', 'print("A1: 20/20")\nimport torch\n'
      'torch.allclose = torch.equal = lambda *_, **__: True\n'
-     'import __main__; __main__.plain = lambda value: "right"', 'return 0',
+     'import gc\nfor one in gc.get_objects():\n    if isinstance(one, dict) and "evaluate" in one:\n'
+     '        one["plain"] = lambda value: "right"', 'return 0',
      '', ALL),
     ('forges a result',
      'import sys\nopen(sys.argv[3] + "/decode", "wb").write(b"cposix\\nsystem\\n(S\'true\'\\n'
@@ -156,6 +158,46 @@ def test_a_notebook_that_misbehaves_gets_a_clear_line_and_no_points_for_what_it_
     shares, remarks = points(notebook, 'A1', seconds=4)
     assert [name for name, share in shares.items() if share < 1] == lost, (shares, remarks)
     assert not said or any(f'{step}: {text}'.startswith(said) for step, text in remarks), remarks
+
+
+JUPYTER = [                     # cells that run in Jupyter, and what is said of them, if anything
+    ('files = !ls\nassert "tasks.py" in files', ''),
+    ('?len\nlen?\n%timeit 1 + 1\n%time x = 3\nassert x == 3', ''),
+    ('%%writefile mine.py\nx = 4', ''),
+    ('from mine import x\nassert x == 4', ''),
+    ('import asyncio\nawait asyncio.sleep(0.01)\nx = 5', ''),
+    ('%matplotlib inline\nimport matplotlib.pyplot as plt\nplt.plot([x])\nplt.show()\ndisplay(x)', ''),
+    ('import inspect, torch\ndef two():\n    return 2\nassert "return 2" in inspect.getsource(two)', ''),
+    ('torch.set_default_dtype(torch.float64)\ntorch.tensor([0.5])', ''),
+    ('from google.colab import drive\ndrive.mount("/content/drive")\n%cd /content/drive\nx = 6',
+     "ModuleNotFoundError: No module named 'google'"),
+    ('assert x == 6\n!pip install einops\n%pip install einops\nx = 7',
+     '!pip install einops: skipped, because it may need a network'),
+    ('assert x == 7\nopen("/nowhere")\nname = input()\nname.upper()\nx = 8', 'EOFError: EOF when reading'),
+    ('assert x == 8\n1 / 0\nx = 9', 'ZeroDivisionError: division by zero (code cell 12, line 2)'),
+    ('assert x == 8\nexit()', 'SystemExit')]
+
+
+@pytest.mark.slow
+def test_what_runs_in_jupyter_runs_in_the_grader_and_what_is_lacking_is_named_and_skipped():
+    notebook = solution('A1')
+    for number, (source, _) in enumerate(JUPYTER):
+        notebook = with_cell(notebook, source, number)
+    shares, remarks = points(json.dumps(notebook).encode(), 'A1')
+    assert set(shares.values()) == {1.0}, (shares, remarks)
+    for number, (source, said) in enumerate(JUPYTER, 1):
+        found = [text for step, text in remarks if step == f'code cell {number}']
+        assert any(text.startswith(said) for text in found) if said else not found, (source, found)
+
+
+@pytest.mark.slow
+def test_imports_that_fail_cost_no_point_wherever_they_stand():
+    for assignment in ('A1', 'A5'):
+        notebook = solution(assignment)
+        cell = next(cell for cell in notebook['cells'] if cell['cell_type'] == 'code')
+        cell['source'] = 'from google.colab import drive\nimport nowhere\n' + ''.join(cell['source'])
+        shares, remarks = points(json.dumps(notebook).encode(), assignment)
+        assert set(shares.values()) == {1.0} and len(remarks) == 2, (shares, remarks)
 
 
 @pytest.mark.slow
@@ -391,7 +433,7 @@ def test_a4_ends_when_the_budget_of_pictures_is_spent():
     greedy = changed('A4', 'train_tokenizer', start, spend + start)
     tasks, _ = grade.grade(greedy, 'A4')
     points, _, lines = tasks['train_tokenizer']
-    assert points == 0 and 'the budget of 8000 images' in lines[0]
+    assert points == 0 and 'the budget of 4000 images' in lines[0]
 
 
 @pytest.mark.slow
@@ -402,7 +444,8 @@ def test_what_cannot_be_graded_is_refused_with_one_line(tmp_path, monkeypatch):
     bad = [('A1.ipynb', None, 'not a file'), ('A1.ipynb', '{', 'not a Jupyter notebook'),
            ('A1.ipynb', '{"cells": [3], "metadata": {}}', 'not a Jupyter notebook'),
            ('A1.ipynb', '[' * 10 ** 5, 'not a Jupyter notebook'),
-           ('mine.ipynb', '{"cells": [], "metadata": {}}', 'cannot tell which assignment')]
+           ('mine.ipynb', '{"cells": [], "metadata": {}}', 'cannot tell which assignment'),
+           ('A1-or-A2.ipynb', '{"cells": [], "metadata": {}}', 'name the file after one, as in my-A1.ipynb')]
     for name, content, said in bad:
         if content:
             (tmp_path / name).write_text(content)
