@@ -160,7 +160,7 @@ def build_decoder(config: VQVAEConfig) -> nn.Sequential:
 
 
 class Phi(nn.Conv2d):
-    """phi(x) = 0.5 x + 0.5 conv(x): reduces the blur from upsampling a coarse token map."""
+    """phi(x) = 0.5 x + 0.5 conv(x): meant to restore what upsampling a coarse token map loses."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 0.5 * x + 0.5 * super().forward(x)

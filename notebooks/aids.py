@@ -25,17 +25,14 @@ def real_images() -> tuple[Tensor, Tensor]:
 
 
 def show(images: Tensor, columns: int, row_names=(), column_names=(), width: float = 9.0):
-    """Plots images (N, 3, H, W) in [-1, 1] row by row, with names on the left and at the top.
-
-    72 dpi is about the resolution of the images: more would only make the notebooks larger.
-    """
+    """Plots images (N, 3, H, W) in [-1, 1] row by row, with names on the left and at the top."""
     image = sample.grid(images, columns)
     rows, pitch = -(-len(images) // columns), image.width / columns
-    axes = plt.figure(figsize=(width, width * image.height / image.width), dpi=72).gca()
-    axes.imshow(image)
+    axes = plt.figure(figsize=(width, width * image.height / image.width), dpi=144).gca()
+    axes.imshow(image, interpolation='nearest')
     axes.set_xticks([pitch * (i + 0.5) for i in range(columns)][:len(column_names)], column_names)
     axes.set_yticks([image.height / rows * (i + 0.5) for i in range(rows)][:len(row_names)], row_names)
-    axes.tick_params(length=0, labeltop=True, labelbottom=False, labelsize=10 if columns > 8 else 12)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False, labelsize=8.5 if columns > 8 else 12)
     axes.spines[:].set_visible(False)
     plt.show()
 
@@ -48,7 +45,7 @@ def draw_loop(rows: list[list[Tensor]], row_names: list[str], column_names: list
     vectors_NC = rows[0][0].flatten(1).T
     strongest_C3 = torch.linalg.eigh(vectors_NC.T @ vectors_NC).eigenvectors[:, -3:].flip(1)
     spread = 2 * (vectors_NC @ strongest_C3).square().mean().sqrt()
-    figure, axes = plt.subplots(len(rows), len(rows[0]), figsize=(11, 6.6), dpi=72)
+    figure, axes = plt.subplots(len(rows), len(rows[0]), figsize=(11, 1.65 * len(rows)), dpi=72)
     figure.subplots_adjust(left=0.07, right=0.9, top=0.9, bottom=0.02, wspace=0.32, hspace=0.3)
     arrow = dict(arrowstyle='-|>', color='C0', linewidth=1.6)
     for row, row_axes in zip(rows, axes):
