@@ -2,17 +2,15 @@
 
     python sample.py out/shapes/var.pt                                                 # one of each class
     python sample.py out/shapes/var.pt --labels 3 star --count 16 --cfg 1.5 --top-k 900 --top-p 0.96 --seed 0
-    python sample.py out/shapes/var.pt --count 4 --show-scales --out scales.png        # coarse to fine
+    python sample.py out/shapes/var.pt --show-scales --out scales.gif                  # coarse to fine
     python sample.py out/shapes/var.pt --image a.png --box 0.2 0.2 0.8 0.8 --count 4   # in-painting
     python sample.py --official d16 --labels 207 980                                   # the authors' weights
     torchrun --nproc-per-node 8 sample.py out/shapes/var.pt --npz samples.npz --count 50000
-    python sample.py out/shapes/var.pt --export small.pt           # the model in bfloat16, half the size
     >>> tokenizer, var, defaults = sample.load('out/shapes/var.pt')                    # from Python
     >>> images = var.generate(tokenizer, torch.tensor([0, 1, 2]), **defaults)          # in [-1, 1]
 
-A checkpoint, var.pt, contains both stages, their configs, the class names and the sampling defaults. An image
-depends on the checkpoint, the flags, the seed and its index; batch size, device and number of processes
-affect only rounding. Names of tensors end in their shapes. Code shared by all commands is at the end.
+A var.pt contains both stages, their configs, class names and sampling defaults. An image depends on it, the
+flags, the seed and its index; batch size, device and number of processes affect only rounding.
 """
 import argparse
 import ctypes
@@ -77,8 +75,7 @@ RELEASED |= dict(d36=(1, 2, 3, 4, 6, 9, 13, 18, 24, 32))
 
 
 def load_official(name: str, folder: str | None = None, device='cpu') -> tuple[VQVAE, VAR, dict]:
-    """Like `load`, for the authors' weights 'd16', ..., 'd36', whose class names are numbers. They are read
-    from `folder` or, if it is None, downloaded once to torch.hub's cache."""
+    """Like `load`, for the authors' weights; class names are numbers. No folder: downloads them, once."""
     models = []
     for file, model_class in (('vae_ch160v4096z32.pth', VQVAE), (f'var_{name}.pth', VAR)):
         path, url = Path(folder or f'{torch.hub.get_dir()}/checkpoints', file), f'{RELEASED_URL}/{file}'
@@ -115,8 +112,7 @@ def save_checkpoint(path: Path, kind: str, **content):
 
 # -------------------------------------------------------------------------------------------------- sampling
 def noise_of_images(seed: int, first: int, count: int, *shape: int) -> Tensor:
-    """Uniform noise in [0, 1), (count, *shape), for images first, first + 1, ...: each row depends only on
-    the seed and the image's index."""
+    """Uniform noise in [0, 1), (count, *shape). Row i depends only on the seed and the index first + i."""
     rows = [np.random.Generator(np.random.Philox(key=[seed, first + i])).random(shape, dtype=np.float32)
             for i in range(count)]
     return torch.from_numpy(np.stack(rows))
@@ -135,6 +131,18 @@ def draw(tokenizer: VQVAE, var: VAR, labels: list[int], seed: int, batch_size: i
             images, tokens_BL = var.generate(tokenizer, labels_B, noise_BL=noise_BL, return_tokens=True,
                                              **sampling)
         yield images.cpu(), tokens_BL.cpu()
+
+
+def after_each_pass(tokenizer: VQVAE, images: Tensor, tokens_BL: Tensor) -> Tensor:
+    """Finished images (uint8, on the CPU) as they are after each pass: (B, passes, 3, H, W). In raster order,
+    whose decoder needs all tokens, each pass instead uncovers its part of the finished image."""
+    config, L = tokenizer.config, tokens_BL.shape[1]
+    if len(config.scales) > 1:
+        parts = [to_uint8(tokenizer.decode_f_hat(f_hat)).cpu() for f_hat in tokenizer.f_hats(tokens_BL)[:-1]]
+    else:
+        pass_HW = torch.arange(L).view(config.scales * 2).kron(torch.ones(config.stride, config.stride))
+        parts = [images.where(pass_HW <= n, 192) for n in range(L - 1)]             # 192: grey
+    return torch.stack([*parts, images], dim=1)
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -187,9 +195,8 @@ def open_image(path: str | Path, enough: int | None = None) -> Image.Image:
 
 
 def cut_square(image: Image.Image, size: int, shorter: int, noise=None) -> np.ndarray:
-    """Resizes an image's shorter side to `shorter` and crops a square, in one resize of the square's source
-    box: uint8 (size, size, ...). noise: the square's vertical and horizontal position, in [0, 1); None: the
-    centre. Transparent parts become white."""
+    """Resizes the shorter side to `shorter` and crops a square in one resize: uint8 (size, size, ...). noise:
+    its vertical and horizontal position, in [0, 1); None: the centre. Transparent parts become white."""
     if image.mode == 'RGBA':
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
     w, h = image.size
@@ -203,11 +210,8 @@ def cut_square(image: Image.Image, size: int, shorter: int, noise=None) -> np.nd
 
 # --------------------------------------------------------------------------------------------------- editing
 class Edit:
-    """The edit specified by --image and related flags.
-
-    photo: uint8 (3, S, S), the photograph's central square. preview: the same, kept parts only. kept_1L: as
-    kept_BL of `VAR.generate`. opacity: float (S, S), of the generated image over the photo.
-    """
+    """The edit of --image. photo: uint8 (3, S, S), its central square. preview: the same, kept parts only.
+    kept_1L: kept_BL of `VAR.generate`. opacity: float (S, S), of the generated image over the photo."""
 
     def __init__(self, args: argparse.Namespace, tokenizer: VQVAE):
         config, k = tokenizer.config, args.keep_scales or 0
@@ -268,14 +272,19 @@ def begin_export(folder: Path, made: dict):
           f'{text}); repeat that command, empty the folder or choose another')
 
 
-def save_image(path: Path, image: Image.Image):
-    kind = Image.registered_extensions()[path.suffix.lower()]
-    save_file(path, lambda file: image.save(file, kind, compress_level=1))
+def save_image(path: Path, *frames: Image.Image):
+    """One image, or an animation: each frame lasts 0.25 s, the last one 2 s longer."""
+    kind, options = Image.registered_extensions()[path.suffix.lower()], dict(compress_level=1, loop=0)
+    if len(frames) > 1:         # one palette; the 256th colour marks what stays, which keeps files small
+        colours_N3 = np.concatenate([np.asarray(frame)[::4, ::4].reshape(-1, 3) for frame in frames])
+        palette = Image.fromarray(colours_N3[None, ::len(colours_N3) // 100_000 + 1]).quantize(255, kmeans=1)
+        frames = [frame.quantize(palette=palette, dither=0) for frame in frames]
+        options |= dict(save_all=True, append_images=frames[1:], duration=[250] * (len(frames) - 1) + [2250])
+    save_file(path, lambda file: frames[0].save(file, kind, **options))
 
 
 def save_npz(path: Path, images, size: int, labels: list[int], class_names: list[str]):
-    """Writes an .npz for evaluators and notebooks/judge.py: arr_0 uint8 (N, size, size, 3), labels (N),
-    class_names. images: an iterable of N arrays, which need not all be in memory."""
+    """Writes arr_0, uint8 (N, size, size, 3), labels and class_names. images: N arrays, taken one by one."""
     def write(file):
         np.savez(file, labels=labels, class_names=class_names)
         header = dict(descr='|u1', fortran_order=False, shape=(len(labels), size, size, 3))
@@ -312,7 +321,7 @@ def build_parser() -> 'Parser':
     add('--keep-scales', type=COUNT, help='keep all tokens of the first k scales, with or without a region')
     add('--paste', action='store_true', help="restore the photograph's pixels outside the regenerated region")
     add('--out', type=expanduser, help='grid of all images; default: samples.png if there is no other output')
-    add('--show-scales', action='store_true', help='in --out, show each image as a row, scale by scale')
+    add('--show-scales', action='store_true', help='in --out: a row per image, scale by scale; .gif: moving')
     add('--npz', type=expanduser, help='file: arr_0 (N, H, W, 3) uint8, labels (null: last + 1), class_names')
     add('--png-dir', type=expanduser, help='folder for 000000.png, 000001.png, ...; resumable, like --npz')
     add('--export', type=expanduser, help='write the model in bfloat16, with the sampling flags as defaults')
@@ -330,12 +339,14 @@ def check_flags(args: argparse.Namespace):
           '--keep-scales, and vice versa')
     check(region or not (args.outpaint or args.paste), '--outpaint, --paste: need --box or --mask')
     check(not (args.box and args.mask), '--box, --mask: use one or the other')
+    check(not (args.out or '').lower().endswith('.gif') or args.show_scales and (args.count or 1) <= 100,
+          f'--out {args.out}: a .gif needs --show-scales and has room for 100 images')
     check(not args.show_scales or args.out and not args.image, '--show-scales: needs --out without --image')
     draws = args.out or args.npz or args.png_dir or args.image or args.labels or args.count
     check(not args.export or not draws, '--export: writes the model, not images; omit the image flags')
     check(world_size() == 1 or not (args.out or args.export), 'under torchrun, use only --npz or --png-dir')
     sources = [Path(source).resolve() for source in (args.checkpoint, args.image, args.mask) if source]
-    for said, target, endings in (('--out', args.out, '.png or .jpg'), ('--npz', args.npz, '.npz'),
+    for said, target, endings in (('--out', args.out, '.png or .jpg or .gif'), ('--npz', args.npz, '.npz'),
                                   ('--export', args.export, '.pt')):
         ending = Path(target or '').suffix.lower()
         check(not target or ending in endings.split(' or '), f'{said} {target}: must end in {endings}')
@@ -390,9 +401,7 @@ def main(argv: list[str]):
             if not path.exists():
                 save_image(path, Image.fromarray(image))
         if args.show_scales:
-            f_hats = tokenizer.f_hats(tokens_BL.to(device))
-            steps = [to_uint8(tokenizer.decode_f_hat(f_hat)).cpu() for f_hat in f_hats]
-            images = torch.stack(steps, dim=1).flatten(0, 1)
+            images = after_each_pass(tokenizer, images, tokens_BL.to(device))
         shown += [images] if args.out else []
     wait_for_all()                                          # until other processes have written their images
     if args.npz and rank() == 0:
@@ -403,10 +412,11 @@ def main(argv: list[str]):
                 file.unlink()
             folder.rmdir()
     if args.out:
-        shown = torch.cat(shown)
-        columns = (len(var.config.scales) if args.show_scales else 12 if edit else
+        shown, animated = torch.cat(shown), args.out.lower().endswith('.gif')
+        columns = (shown.shape[1] if args.show_scales and not animated else 12 if edit else
                    len(classes) if 1 < len(classes) <= 20 else math.ceil(math.sqrt(len(shown))))
-        save_image(Path(args.out), grid(shown, min(columns, len(shown))))
+        frames = shown.unbind(1) if animated else [shown.flatten(0, -4)]
+        save_image(Path(args.out), *(grid(frame, min(columns, len(frame))) for frame in frames))
     if rank() == 0:
         print(f"{len(labels)} images: {', '.join(filter(None, (args.npz, args.png_dir, args.out)))}")
 
@@ -430,11 +440,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def run_command(main):
-    """Runs main(argv). Errors that the user can fix become one line on stderr and exit status 2.
-
-    When a process fails, torchrun terminates the others. Rank 0 reports such an error at once; any other
-    failure is reported after 3 s, giving torchrun time to end this process if another one failed first.
-    """
+    """Runs main(argv). Errors that the user can fix become one line on stderr and exit status 2. When a
+    process fails, torchrun terminates the others. Rank 0 reports such an error at once; any other failure is
+    reported after 3 s, giving torchrun time to end this process if another one failed first."""
     with suppress(AttributeError):                          # names can have characters a terminal lacks
         sys.stdout.reconfigure(errors='backslashreplace')
     try:
@@ -536,8 +544,7 @@ def autocast(device: torch.device, dtype: str):
 
 
 def save_file(path: Path, write):
-    """Calls write(file) on a temporary file next to path, then renames it to path: all or nothing, even if
-    the power fails. Creates the folder if needed."""
+    """Calls write(file) on path.tmp and renames it: all or nothing, even if power fails. Makes the folder."""
     temporary = path.with_name(path.name + '.tmp')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -269,6 +269,58 @@ def test_a_model_of_one_map_draws_and_edits(tmp_path, capsys, monkeypatch):
     assert 'with 1 scales' in complaint(sample.main, [*edit, '--keep-scales', 1], capsys, monkeypatch)
 
 
+# ------------------------------------------------------------------------------------------------- animations
+def frames_of(path: Path) -> tuple[list[np.ndarray], list[int]]:
+    """The frames of a GIF that loops for ever, and how long each lasts, in ms."""
+    with Image.open(path) as gif:
+        assert gif.format == 'GIF' and gif.info['loop'] == 0
+        frames = []
+        for n in range(gif.n_frames):
+            gif.seek(n)
+            frames.append((np.asarray(gif.convert('RGB')).astype(int), gif.info['duration']))
+    return [pixels for pixels, _ in frames], [duration for _, duration in frames]
+
+
+def test_an_animation_shows_each_scale_for_a_quarter_of_a_second_and_then_pauses(model, tmp_path):
+    path, tokenizer, var, defaults = model
+    flags = f'{path} --count 4 --seed 3 --show-scales --out {tmp_path}/a.gif'.split()
+    images = draw(tmp_path / 'a.npz', *flags)
+    frames, durations = frames_of(tmp_path / 'a.gif')
+    assert durations == [250, 250, 2250]
+    _, tokens_BL = next(sample.draw(tokenizer, var, [0, 1, 2, 3], 3, 50, **defaults))
+    *parts, _ = [tokenizer.decode_f_hat(f_hat) for f_hat in tokenizer.f_hats(tokens_BL)]
+    parts.append(torch.tensor(images).permute(0, 3, 1, 2))
+    expected = [np.asarray(sample.grid(part, 4)).astype(int) for part in parts]
+    errors = np.array([[abs(frame - other).mean() for other in expected] for frame in frames])
+    assert errors.diagonal().max() < 10 and (errors.argmin(1) == [0, 1, 2]).all()       # 256 colours a frame
+
+
+def test_an_animation_of_a_raster_model_uncovers_the_finished_image_token_by_token(tmp_path):
+    out = run('--order raster --scales 8', tmp_path / 'run')
+    flags = f'{out}/var.pt --labels 3 --count 2 --batch-size 1 --show-scales --out {tmp_path}/a.GIF'.split()
+    images = torch.tensor(draw(tmp_path / 'a.npz', *flags)).permute(0, 3, 1, 2)
+    frames, durations = frames_of(tmp_path / 'a.GIF')
+    assert durations == [250] * 63 + [2250]
+    finished = np.asarray(sample.grid(images, 2)).astype(int)
+    assert abs(frames[-1] - finished).mean() < 8
+    for n in (0, 9, 62):                                    # 8 rows of 8 tokens, 4 pixels wide, enlarged by 4
+        covered = np.ones((8, 8))
+        covered.flat[:n + 1] = 0
+        covered = np.kron(covered, np.ones((16, 16))).astype(bool)
+        for part in (np.s_[:, :128], np.s_[:, 136:]):       # two images, and a white line of 8 between them
+            assert (abs(frames[n][part][covered] - 192) <= 8).all()
+            assert (frames[n][part][~covered] == frames[-1][part][~covered]).all()
+    sample.main([*flags[:-1], f'{tmp_path}/a.png'])
+    with Image.open(tmp_path / 'a.png') as rows:
+        assert rows.size == (64 * 34 - 2, 2 * 34 - 2)       # a row per image
+
+
+@pytest.mark.parametrize('flags', ['--count 4', '--show-scales --count 101'])
+def test_a_gif_is_an_animation_of_at_most_100_images(flags, model, tmp_path, capsys, monkeypatch):
+    line = complaint(sample.main, f'{model[0]} {flags} --out {tmp_path}/a.gif'.split(), capsys, monkeypatch)
+    assert 'a.gif: a .gif needs --show-scales' in line and not (tmp_path / 'a.gif').exists()
+
+
 # ------------------------------------------------------------------------------------------------ class names
 @pytest.mark.parametrize('names, text, label', [
     (['cat', 'dog'], 'Dog', 1), (['cat', 'dog'], '1', 1), (['cat', 'dog'], 'null', 2),
@@ -565,6 +617,9 @@ WRONG_FLAGS = """
     sample.py RUN/var.pt --image RUN/samples.png --keep-scales 1 --out RUN/samples.png | --out; is also
     sample.py RUN/var.pt --out .png                 | --out .png: must end in .png or .jpg
     sample.py RUN/var.pt --show-scales --npz a.npz  | --show-scales: needs --out without --image
+    sample.py RUN/var.pt --show-scales --out a.webp | --out a.webp: must end in .png or .jpg or .gif
+    sample.py RUN/var.pt --export a.pt --show-scales --out a.gif              | --export: writes the model
+    sample.py RUN/var.pt --image RUN/samples.png --keep-scales 1 --show-scales --out a.gif | without --image
     sample.py RUN/var.pt --image RUN/samples.png --box 0 0 .5 .5 --show-scales | --show-scales: needs --out
 """
 
