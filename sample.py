@@ -9,8 +9,8 @@
     >>> tokenizer, var, defaults = sample.load('out/shapes/var.pt')                    # from Python
     >>> images = var.generate(tokenizer, torch.tensor([0, 1, 2]), **defaults)          # in [-1, 1]
 
-A var.pt contains both stages, their configs, class names and sampling defaults. An image depends on it, the
-flags, the seed and its index; batch size, device and number of processes affect only rounding.
+A var.pt contains both stages, configs, class names and sampling defaults. An image depends on it, flags, seed
+and index; batch size, device and processes affect only rounding. Tensor names end in their shapes.
 """
 import argparse
 import ctypes
