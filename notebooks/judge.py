@@ -132,9 +132,12 @@ class ImageNetJudge(nn.Module):
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """uint8 (N, 3, h, w), enlarged -> inputs of the last layer, (N, 1280) float32."""
-        parts = [F.interpolate(to_float(part), (OUTSIDE_SIZE, OUTSIDE_SIZE), mode='bicubic').clamp(-1, 1)
-                 .contiguous(memory_format=torch.channels_last) for part in images.split(100)]
-        return torch.cat([self.network.extract_features(x).mean((2, 3)) for x in tqdm(parts, leave=False)])
+        found = []
+        for part in tqdm(images.split(100), leave=False):
+            x = F.interpolate(to_float(part), (OUTSIDE_SIZE, OUTSIDE_SIZE), mode='bicubic').clamp(-1, 1)
+            x = x.contiguous(memory_format=torch.channels_last)
+            found.append(self.network.extract_features(x).mean((2, 3)))
+        return torch.cat(found)
 
 
 def cut_out(images_B3HW: Tensor, side: int) -> Tensor:
@@ -264,8 +267,9 @@ def main(argv: list[str]):
     cache = args.cache or f'out/{stem}-{name}.pt'
     judge = judge or load_judge(name, real_images, real_labels, cache, kind)
     N = min(len(images), len(test_images))
-    drawn, real = judge.features(images), judge.features(real_images[:N])
-    test = judge.features(test_images[:N] if is_outside else test_images)
+    if is_outside:
+        images, test_images = images[:N], test_images[:N]       # more would only be recognised
+    drawn, test, real = map(judge.features, (images, test_images, real_images[:N]))
     if not is_outside:
         print_recognised(judge, drawn, labels, class_names, test, test_labels)
     drawn, test = drawn[:N], test[:N]
