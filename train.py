@@ -672,7 +672,7 @@ def download_cifar10(folder: Path, url: str = CIFAR10_URL, sha256: str = CIFAR10
         try:
             socket.setdefaulttimeout(60)                    # seconds without data
             torch.hub.download_url_to_file(url, f'{scratch}/archive.tar.gz', sha256)
-            shutil.unpack_archive(f'{scratch}/archive.tar.gz', scratch, filter='data')
+            shutil.unpack_archive(f'{scratch}/archive.tar.gz', scratch)
             Path(scratch, 'cifar-10-batches-bin').replace(folder / 'cifar-10-batches-bin')
         except Exception as error:                          # a download can fail in many ways
             raise UserError(f'{url}: {one_line(error)}; try again, or download CIFAR-10 (binary version) '
