@@ -57,6 +57,11 @@ def finish(process: subprocess.Popen, out: Path, status=0) -> Path:
     return out
 
 
+def complete(flags: str, out: Path, ranks=0) -> Path:
+    """A run in new processes, from its start to its end."""
+    return finish(start(flags, out, ranks), out)
+
+
 def wait_until(happened, process: subprocess.Popen, out: Path):
     while not happened():
         assert process.poll() is None, said(out)
@@ -96,7 +101,7 @@ def run_with_kills(flags: str, out: Path, ranks: int, kills: int, seed: int) -> 
         moments.choice([kill_all, lambda process: os.killpg(process.pid, signal.SIGTERM),
                         lambda process: process.send_signal(signal.SIGHUP)] if i else [kill_all])(process)
         process.wait(timeout=60)
-    return finish(start('--resume', out, ranks), out)
+    return complete('--resume', out, ranks)
 
 
 @pytest.fixture(scope='module')
@@ -105,7 +110,7 @@ def calm(tmp_path_factory):
     @cache
     def run_calmly(flags: str, ranks: int) -> Path:
         out = tmp_path_factory.mktemp('calm') / 'run'
-        return finish(start(flags, out, ranks), out)
+        return complete(flags, out, ranks)
     return run_calmly
 
 
@@ -132,7 +137,7 @@ def test_a_sigterm_to_all_of_a_group_saves_and_the_same_command_goes_on(tmp_path
     finish(process, out, 1)                                     # torchrun's own status
     step = int(re.search(r'stopped at step (\d+) of 90 \(var\) and saved; to continue, repeat', said(out))[1])
     assert 6 <= step < 90
-    assert same_run(finish(start(STOPPED + '--resume', out, 2), out), calm(STOPPED, 2))
+    assert same_run(complete(STOPPED + '--resume', out, 2), calm(STOPPED, 2))
 
 
 @pytest.mark.slow
@@ -152,7 +157,7 @@ def test_a_run_whose_terminal_closes_saves_before_it_ends(tmp_path, calm):
     os.close(terminal)                                          # which sends SIGHUP
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 129
     assert 6 <= torch.load(out / 'last.pt', weights_only=True)['step'] < 90
-    assert same_run(finish(start('--resume', out), out), calm(STOPPED, 0))
+    assert same_run(complete('--resume', out), calm(STOPPED, 0))
 
 
 def test_what_nohup_ignores_stays_ignored_and_a_second_ctrl_c_acts():
@@ -202,7 +207,7 @@ def gap_to_one_process(run: Path, flags: str, out: Path) -> float:
 def test_two_processes_do_what_one_does(tmp_path):
     """Losses over 5 steps of each stage agree to 1e-6; one process has no held-out image."""
     flags = TINY + '--vqvae-steps 5 --var-steps 5 --label-dropout 0.5 --flip --val-count 1 '
-    two = finish(start(flags, tmp_path / 'two', 2), tmp_path / 'two')
+    two = complete(flags, tmp_path / 'two', 2)
     assert gap_to_one_process(two, flags, tmp_path / 'one') <= 1.1e-6
 
 
@@ -210,22 +215,19 @@ def test_two_processes_do_what_one_does(tmp_path):
 def test_a_step_is_the_same_on_any_number_of_processes_and_in_any_parts(tmp_path):
     """Losses over 20 steps agree to 1e-6, the last digit logged, with dropout and stochastic depth: on 2
     processes or 1; in 1, 2, 4 micro-batches; begun by two, ended by one. (1e-5 with the discriminator.)"""
-    def train_by_two(flags: str, name: str) -> Path:
-        return finish(start(flags, tmp_path / name, 2), tmp_path / name)
-
     flags = TINY + '--vqvae-steps 20 --save-every-steps 20 --vocab-size 128 --revive-every-steps 3 '
     loud = flags + ('--var-steps 20 --batch-size 32 --depth 2 --label-dropout 0.5 --stochastic-depth 0.5 '
                     '--adaln-gamma-init 1 --flip --crop 2 ')
-    two = train_by_two(loud, 'two')
+    two = complete(loud, tmp_path / 'two', 2)
     assert [len(losses(two, stage)) for stage in ('vqvae', 'var')] == [62, 22]
     for size in (32, 16, 8):
         parts = f'--micro-batch-size {size} '
         assert gap_to_one_process(two, loud + parts, tmp_path / f'one-{size}') <= 1.1e-6
     flags += '--var-steps 1 --adversarial-weight 0.1 --discriminator-start 10 --micro-batch-size 2 '
-    adversarial = train_by_two(flags, 'two-adversarial')
+    adversarial = complete(flags, tmp_path / 'two-adversarial', 2)
     assert gap_to_one_process(adversarial, flags, tmp_path / 'one-adversarial') <= 1e-5
     for stage, alone in stages_alone(two).items():
-        out = train_by_two(loud + alone + '--stop-after-minutes 1e-9', f'{stage}-begun-by-two')
+        out = complete(loud + alone + '--stop-after-minutes 1e-9', tmp_path / f'{stage}-begun-by-two', 2)
         assert gap(two, resume(out, '--micro-batch-size 16'), stage) <= 1.1e-6
     finish(start('--resume', out, 3), out, 1)
     assert '--batch-size 32: cannot be split across 3 processes; 1, 2, 4 would work' in said(out)
@@ -439,7 +441,7 @@ def test_on_a_gpu_a_step_does_not_wait_and_nccl_and_bfloat16_train_and_resume(tm
         trainer.update_weights()
     torch.cuda.set_sync_debug_mode('default')
     flags = TINY.replace('--device cpu', '--device cuda --dtype bfloat16') + '--micro-batch-size 4 '
-    whole, out = (finish(start(flags + more, tmp_path / name, 1), tmp_path / name) for name, more in (
-        ('whole', ''), ('part', '--stop-after-minutes 1e-9')))
-    finish(start('--resume', out, 1), out)
+    whole = complete(flags, tmp_path / 'whole', 1)
+    out = complete(flags + '--stop-after-minutes 1e-9', tmp_path / 'part', 1)
+    complete('--resume', out, 1)
     assert np.abs(losses(out, 'var') - losses(whole, 'var')).max() < 1e-2      # GPUs add in any order
