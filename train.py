@@ -946,6 +946,10 @@ def signals_noted():
     before = [signal.signal(number, note) for number in stops]
     try:
         yield noted
+    except RuntimeError as error:           # this process has lost the connection to one that failed
+        check(signal.SIGTERM not in noted or world_size() == 1, 'ended by SIGTERM, probably because another '
+              f'process failed ({one_line(error)})')
+        raise
     finally:
         [*map(signal.signal, stops, before)]
 

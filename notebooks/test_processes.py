@@ -235,35 +235,39 @@ def test_a_step_is_the_same_on_any_number_of_processes_and_in_any_parts(tmp_path
 
 @pytest.mark.slow
 def test_a_rank_that_fails_brings_the_others_down_with_its_message(tiny_run, tmp_path):
-    """Rank 1 fails during a run, or sees other images; an error on all ranks is reported by rank 0 only."""
+    """Rank 1 sees other images, or fails during a run; an error on all ranks is reported by rank 0 only. Rank
+    0 learns of a failure from the connection or, if it is busy at that moment, from torchrun's SIGTERM."""
     folder, other = (write_images(tmp_path / name, count) for name, count in (('a', 30), ('b', 33)))
     script = tmp_path / 'launch.py'
     script.write_text(f"""
-import os, sys
+import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 import sample, train
-if os.environ['RANK'] == '1':
-    if '--data-dir' in sys.argv:
-        sys.argv += ['--data-dir', {str(other)!r}]
-    else:
-        batch = train.ArrayData.batch
-        def fail(data, step, batch_size):
-            sample.check(step < 3, 'this rank failed')
-            return batch(data, step, batch_size)
-        train.ArrayData.batch = fail
+batch, is_rank_1 = train.ArrayData.batch, os.environ['RANK'] == '1'
+def fail(data, step, batch_size):
+    sample.check(step < 3 or not is_rank_1, 'this rank failed')
+    time.sleep(6 if step == 3 and 'BUSY' in os.environ else 0)
+    return batch(data, step, batch_size)
+if '--data-dir' not in sys.argv:
+    train.ArrayData.batch = fail
+elif is_rank_1:
+    sys.argv += ['--data-dir', {str(other)!r}]
 sample.run_command(train.main)
 """)
     out = shutil.copytree(tiny_run, tmp_path / 'run')
     last = (out / 'last.pt').read_bytes()
-    for flags, words in [
-            (TINY + '--overwrite --batch-size 9', '-size 9: cannot be split across 2 processes; 1, 3 would'),
-            (TINY + f'--overwrite --data-dir {folder}', f'--out {out}: the processes see'),
-            (TINY + '--overwrite', 'error: rank 1: this rank failed')]:
-        assert (out / 'last.pt').read_bytes() == last           # an error loses nothing
-        finish(start(flags, out, 2, script), out, status=1)     # torchrun's own status is 1
+    for flags, words, env in [
+            ('--batch-size 9', '-size 9: cannot be split across 2 processes; 1, 3 would', {}),
+            (f'--data-dir {folder}', f'--out {out}: the processes see', {}),
+            ('', 'error: rank 1: this rank failed', {}),
+            ('', 'error: rank 1: this rank failed', dict(BUSY='yes'))]:
+        process = start(f'{TINY} --overwrite {flags}', out, 2, script, **env)
+        finish(process, out, status=1)                          # torchrun's own status is 1
         assert 'terminate called' not in said(out) and '(exitcode: 2)' in said(out), said(out)
         assert said(out).count(words) == 1 and f'{ROOT}/train.py", line' not in said(out), said(out)
         assert said(out).count('error: ') == 1 or 'rank 1' in words, said(out)
+        assert not env or 'error: ended by SIGTERM' in said(out), said(out)
+        assert not flags or (out / 'last.pt').read_bytes() == last      # an error at the start loses nothing
         out.with_suffix('.txt').unlink()
 
 
